@@ -1,0 +1,193 @@
+"""The two configuration records, and the only place that reads os.environ.
+
+Each field may be set by a variable `LLAVA_ENGINE_<FIELD>`; `from_env` refuses variables of that
+prefix that name no field, so that a misspelt one is not silently ignored.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+import typing
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
+
+PREFIX = "LLAVA_ENGINE_"
+
+_Config = TypeVar("_Config", "EngineConfig", "PoolConfig")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How one model is run.
+
+    device: "auto" (the first GPU, else the CPU), "cpu", "cuda" or "cuda:N".
+    dtype: of weights and activations; "auto" is float16 on CUDA and float32 on the CPU.
+    kernels: "auto" runs the compiled kernels on CUDA and the torch references on the CPU;
+        "reference" runs the references everywhere.
+    block_size: tokens per KV block.
+    kv_cache_mb: a worker's share of the KV cache in MiB; None takes the model's default.
+    max_batch: sequences that decode at once.
+    prefill_chunk: tokens that one step may prefill, so that a long prompt cannot stall others.
+    max_model_len: context limit in tokens; None takes the model's.
+    image_cache_mb: encoded pictures kept for reuse, in MiB.
+    max_image_bytes, max_image_pixels: limits of one encoded picture.
+    fetch_timeout: seconds for one URL, redirects included.
+    allow_hosts: host names or addresses that `describe_url` may reach although they are private.
+    """
+
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    kernels: Literal["auto", "reference"] = "auto"
+    block_size: int = 64
+    kv_cache_mb: int | None = None
+    max_batch: int = 64
+    prefill_chunk: int = 1024
+    max_model_len: int | None = None
+    image_cache_mb: int = 256
+    max_image_bytes: int = 32 << 20
+    max_image_pixels: int = 64 << 20
+    fetch_timeout: float = 10.0
+    allow_hosts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        kind, _, index = self.device.partition(":")
+        if self.device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdigit()):
+            raise ValueError(
+                f'device must be "auto", "cpu", "cuda" or "cuda:N", not {self.device!r}'
+            )
+        _check_positive(
+            self,
+            "block_size",
+            "kv_cache_mb",
+            "max_batch",
+            "prefill_chunk",
+            "max_model_len",
+            "max_image_bytes",
+            "max_image_pixels",
+            "fetch_timeout",
+        )
+        if self.image_cache_mb < 0:
+            raise ValueError(f"image_cache_mb must not be negative, not {self.image_cache_mb}")
+
+    @classmethod
+    def from_env(cls) -> EngineConfig:
+        """The defaults, with what `LLAVA_ENGINE_*` variables set. Raises ValueError."""
+        return _from_env(cls)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolConfig:
+    """The pool's limits.
+
+    memory_fraction: share of a device's memory, and of the host's, that the pool may reserve.
+    min_workers, max_workers: per model; eviction stops at the first, growth at the second.
+    max_queue: requests per model that may wait.
+    default_timeout: seconds for a request that names none; None is no deadline.
+    spawn_timeout: seconds in which a worker must have loaded its model.
+    idle_timeout: seconds without work after which a worker is Idle and may be evicted.
+    breaker_failures, breaker_reset, breaker_successes: the circuit opens after so many model
+        failures in a row, tries again after so many seconds, closes after so many successes.
+    prepare_threads: threads per worker that fetch, decode and tokenise.
+    drain: seconds that shutdown waits for running requests.
+    """
+
+    memory_fraction: float = 0.8
+    min_workers: int = 0
+    max_workers: int = 2
+    max_queue: int = 256
+    default_timeout: float | None = None
+    spawn_timeout: float = 600.0
+    idle_timeout: float = 300.0
+    breaker_failures: int = 5
+    breaker_reset: float = 60.0
+    breaker_successes: int = 3
+    prepare_threads: int = 4
+    drain: float = 5.0
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if not 0 < self.memory_fraction <= 1:
+            raise ValueError(f"memory_fraction must be in (0, 1], not {self.memory_fraction}")
+        if not 0 <= self.min_workers <= self.max_workers:
+            raise ValueError("min_workers must be between 0 and max_workers")
+        _check_positive(
+            self,
+            "max_workers",
+            "max_queue",
+            "default_timeout",
+            "spawn_timeout",
+            "idle_timeout",
+            "breaker_failures",
+            "breaker_successes",
+            "prepare_threads",
+        )
+        if self.drain < 0 or self.breaker_reset < 0:
+            raise ValueError("drain and breaker_reset must not be negative")
+
+    @classmethod
+    def from_env(cls) -> PoolConfig:
+        """The defaults, with what `LLAVA_ENGINE_*` variables set. Raises ValueError."""
+        return _from_env(cls)
+
+
+def _from_env(cls: type[_Config]) -> _Config:
+    known = {f.name for config in (EngineConfig, PoolConfig) for f in fields(config)}
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for variable, text in os.environ.items():
+        if not variable.startswith(PREFIX):
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        if name not in known:
+            raise ValueError(f"{variable} names no setting; known are: {', '.join(sorted(known))}")
+        if name in hints:
+            try:
+                values[name] = _parse(text, hints[name])
+            except ValueError as error:
+                raise ValueError(f"{variable}={text!r}: {error}") from None
+    return cls(**values)
+
+
+def _parse(text: str, hint: Any) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in options and text.lower() in ("", "none"):
+        return None
+    kind = next(option for option in options if option is not type(None))
+    if kind is int:
+        return int(text)
+    if kind is float:
+        return float(text)
+    if typing.get_origin(kind) is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    return text
+
+
+def _check_types(config: EngineConfig | PoolConfig) -> None:
+    hints = typing.get_type_hints(type(config))
+    for field in fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if not any(_is_a(value, option) for option in options):
+            raise TypeError(f"{field.name} must be {hint}, not {value!r}")
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return value in typing.get_args(kind)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if isinstance(value, bool) or kind is bool:
+        return kind is bool and isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float)
+    return isinstance(value, kind)
+
+
+def _check_positive(config: EngineConfig | PoolConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be above 0, not {value}")

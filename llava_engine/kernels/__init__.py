@@ -1,0 +1,1 @@
+"""Operations with a torch reference that defines them; csrc/ supplies the CUDA side."""

@@ -1,0 +1,1 @@
+"""The network: CLIP vision tower, projector, Llama decoder, and their weights."""

@@ -1,0 +1,1 @@
+"""Workers, their memory, and the routing of requests to them."""

@@ -1,0 +1,346 @@
+"""The two ends of a request: `Channel`, which the engine fills, and `ChunkStream`, which is read.
+
+Filling never waits for the reader, and text is made only while reading: the reader's thread
+detokenises, looks for stop strings and, at one, cancels what still runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol, Self
+
+from llava_engine.errors import LlavaError, RequestCancelled, RequestTimeout
+from llava_engine.text.stop import StopFinder
+from llava_engine.types import Chunk, FinishReason, Timings, Usage
+
+
+class Detokenizer(Protocol):
+    """Token ids to text, bit by bit (text.detokenizer has the one implementation)."""
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; empty while a character is incomplete."""
+
+    def flush(self) -> str:
+        """What was held back."""
+
+
+class Channel:
+    """The engine's end of a request. Implements runtime.sequence.TokenSink; all methods are
+    thread-safe, return at once, and have no effect after the end."""
+
+    def __init__(self, stop: tuple[str, ...] = (), deadline: float | None = None) -> None:
+        self.stop = stop
+        self.deadline = deadline
+        self._born = time.monotonic()
+        # The default RLock lets a garbage-collected stream cancel from within any of these calls.
+        self._changed = threading.Condition()
+        self._tokens: deque[int] = deque()
+        self._waiters: list[Callable[[], None]] = []
+        self._on_cancel: Callable[[], None] | None = None
+        self._detokenizer: Detokenizer | None = None
+        self._cancelled = False
+        self._reason: FinishReason | None = None
+        self._error: LlavaError | None = None
+        self._prompt_tokens = self._image_tokens = self._cached_tokens = 0
+        self._times: dict[str, float] = {}
+
+    @property
+    def cancelled(self) -> bool:
+        """True once nobody wants further tokens, or the request has ended."""
+        return self._cancelled or self._reason is not None
+
+    @property
+    def abandoned(self) -> bool:
+        """True when the reader cancelled before the end."""
+        return self._cancelled
+
+    def bind(self, detokenizer: Detokenizer, prompt_tokens: int, image_tokens: int) -> None:
+        """The prompt is built: how to make text of the answer, and what the prompt counts."""
+        with self._changed:
+            self._detokenizer = detokenizer
+            self._prompt_tokens = prompt_tokens
+            self._image_tokens = image_tokens
+
+    def stamp(self, stage: str) -> None:
+        """Note that `stage` ("queued", "image") is over; see types.Timings."""
+        self._times.setdefault(stage, time.monotonic() - self._born)
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the reader cancels; at once if it already has."""
+        with self._changed:
+            self._on_cancel = callback
+            late = self._cancelled
+        if late:
+            callback()
+
+    def start(self, cached_tokens: int) -> None:
+        """See TokenSink."""
+        with self._changed:
+            self._cached_tokens = cached_tokens
+
+    def put(self, token_id: int) -> None:
+        """See TokenSink."""
+        with self._changed:
+            if self._reason is None:
+                self.stamp("first_token")
+                self._tokens.append(token_id)
+                self._wake()
+
+    def finish(self, reason: FinishReason) -> None:
+        """See TokenSink."""
+        self._end(reason, None)
+
+    def fail(self, error: LlavaError) -> None:
+        """See TokenSink."""
+        self._end(FinishReason.ERROR, error)
+
+    def cancel(self) -> None:
+        """The reader wants no more: end the stream here and tell the engine."""
+        with self._changed:
+            if self._cancelled or self._reason is not None:
+                return
+            self._cancelled = True
+            callback = self._on_cancel
+            self._end(FinishReason.CANCELLED, None)
+        if callback is not None:
+            callback()
+
+    def _end(self, reason: FinishReason, error: LlavaError | None) -> None:
+        with self._changed:
+            if self._reason is None:
+                self._reason = reason
+                self._error = error
+                self.stamp("total")
+                self._on_cancel = None
+                self._wake()
+
+    def _wake(self) -> None:
+        self._changed.notify_all()
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter()
+
+    def take(self) -> tuple[list[int], FinishReason | None, LlavaError | None]:
+        """The tokens that arrived since the last call, and how the stream ended if it has."""
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            self.expire()
+        with self._changed:
+            tokens = list(self._tokens)
+            self._tokens.clear()
+            return tokens, self._reason, self._error
+
+    def expire(self) -> None:
+        """The deadline has passed: end with RequestTimeout and tell the engine."""
+        with self._changed:
+            callback = self._on_cancel
+            self._end(FinishReason.ERROR, RequestTimeout("The request's deadline passed."))
+        if callback is not None:
+            callback()
+
+    def _news(self) -> bool:
+        return bool(self._tokens) or self._reason is not None
+
+    def _patience(self) -> float | None:
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+    def wait(self) -> None:
+        """Block until there is something to take, or the deadline has passed."""
+        with self._changed:
+            self._changed.wait_for(self._news, self._patience())
+
+    async def wait_async(self) -> None:
+        """`wait` for a coroutine: the event loop runs on."""
+        loop = asyncio.get_running_loop()
+        arrived = asyncio.Event()
+
+        def wake() -> None:
+            # A loop that was closed meanwhile has no reader left to wake.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(arrived.set)
+
+        with self._changed:
+            if self._news():
+                return
+            self._waiters.append(wake)
+        try:
+            await asyncio.wait_for(arrived.wait(), self._patience())
+        except TimeoutError:
+            pass
+        finally:
+            with self._changed:
+                if wake in self._waiters:
+                    self._waiters.remove(wake)
+
+    @property
+    def detokenizer(self) -> Detokenizer | None:
+        """Bound before the first token arrives; None until then."""
+        return self._detokenizer
+
+    def usage(self, completion_tokens: int) -> Usage:
+        """The counts, given how many tokens the reader has seen."""
+        return Usage(
+            self._prompt_tokens, self._image_tokens, self._cached_tokens, completion_tokens
+        )
+
+    def timings(self) -> Timings:
+        """The stages reached so far."""
+        return Timings(**self._times)
+
+
+class ChunkStream:
+    """The answer to one request, as text chunks; iterate it with `for` or `async for`.
+
+    One reader at a time; `cancel` and `close` may be called from any thread. Every failure of the
+    request is raised from here, as a LlavaError. Leaving the stream (`with`, `close`, dropping the
+    last reference) cancels what still runs and frees what it held.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._stop = StopFinder(channel.stop)
+        self._parts: list[Chunk] = []
+        self._token_count = 0
+        self._pending_ids: list[int] = []
+        self._finish_reason: FinishReason | None = None
+        self._error: LlavaError | None = None
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the stream ended; None until it was cancelled or its end was read."""
+        if self._finish_reason is None and self._channel.abandoned:
+            return FinishReason.CANCELLED
+        return self._finish_reason
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts, of the completion as far as it was read."""
+        return self._channel.usage(self._token_count)
+
+    @property
+    def timings(self) -> Timings:
+        """Seconds from the call to the end of each stage reached so far."""
+        return self._channel.timings()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        while True:
+            chunk = self._advance()
+            if chunk is not None:
+                return chunk
+            if self._finish_reason is not None:
+                raise self._error or StopIteration
+            self._channel.wait()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while True:
+            chunk = self._advance()
+            if chunk is not None:
+                return chunk
+            if self._finish_reason is not None:
+                raise self._error or StopAsyncIteration
+            await self._channel.wait_async()
+
+    def text(self) -> str:
+        """The whole answer: what was read before, and the rest, waiting for it.
+
+        Raises the request's LlavaError, or RequestCancelled when the stream was cancelled.
+        """
+        for _ in self:
+            pass
+        return self._whole_text()
+
+    async def atext(self) -> str:
+        """`text` for a coroutine."""
+        async for _ in self:
+            pass
+        return self._whole_text()
+
+    def cancel(self) -> None:
+        """Stop generating. The stream ends without error and its finish_reason is "cancelled"."""
+        self._channel.cancel()
+
+    def close(self) -> None:
+        """Give up the stream and free what it holds; cancels if it still runs."""
+        self.cancel()
+
+    async def aclose(self) -> None:
+        """`close` for a coroutine; does not wait."""
+        self.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._channel.cancel()
+
+    def __repr__(self) -> str:
+        state = self._finish_reason or "running"
+        return f"<ChunkStream {state}, {self._token_count} tokens read>"
+
+    def _advance(self) -> Chunk | None:
+        """The text that has become certain since the last call, or None if there is none yet."""
+        if self._finish_reason is not None:
+            return None
+        tokens, reason, error = self._channel.take()
+        if reason is FinishReason.CANCELLED:
+            self._finish_reason = reason
+            return None
+        text = ""
+        detokenizer = self._channel.detokenizer
+        if detokenizer is not None:
+            for token in tokens:
+                self._token_count += 1
+                self._pending_ids.append(token)
+                text += self._stop.push(detokenizer.push(token))
+                if self._stop.found:
+                    break
+            if reason is not None and not self._stop.found:
+                text += self._stop.push(detokenizer.flush())
+                if not self._stop.found:
+                    text += self._stop.flush()
+        if self._stop.found:
+            self._finish_reason = FinishReason.STOP
+            self._channel.cancel()
+        elif reason is not None:
+            self._finish_reason = reason
+            self._error = error
+        if not text:
+            return None
+        chunk = Chunk(text, self._pending_ids)
+        self._pending_ids.clear()
+        self._parts.append(chunk)
+        return chunk
+
+    def _whole_text(self) -> str:
+        if self._finish_reason is FinishReason.CANCELLED:
+            raise RequestCancelled("The stream was cancelled before its end.")
+        return "".join(self._parts)

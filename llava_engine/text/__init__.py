@@ -1,0 +1,1 @@
+"""Text at the edges: prompts to token ids, token ids to text."""
