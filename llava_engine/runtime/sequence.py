@@ -14,6 +14,7 @@ from llava_engine.types import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 
 class TokenSink(Protocol):
@@ -103,6 +104,12 @@ class Sequence:
         self.computed = 0
         """Tokens whose keys and values are in the cache."""
         self.block_table: list[int] = []
+        self.digests: list[bytes] = []
+        """Chained digests of the full blocks of token_ids, for prefix reuse."""
+        self.published = 0
+        """Leading blocks of block_table whose content others may reuse."""
+        self.features: dict[bytes, torch.Tensor] = {}
+        """Encoded pictures, held from the first chunk that needs them to the last."""
         self.started = False
 
     def __len__(self) -> int:
@@ -111,6 +118,11 @@ class Sequence:
     @property
     def completion_len(self) -> int:
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who goes first: lower priority value, then earlier arrival."""
+        return self.priority, self.arrival
 
     @property
     def uncomputed(self) -> int:

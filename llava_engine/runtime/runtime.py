@@ -1,0 +1,275 @@
+"""DeviceRuntime: one model on one device, and the one thread that runs all its sequences.
+
+The workers of a device share it: one copy of the weights, one KV cache to which each adds its
+share, one loop in which all their sequences are batched. Knows no text, no URL and no pool.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+
+import torch
+
+from llava_engine.config import EngineConfig
+from llava_engine.errors import LlavaError, MemoryExhausted, RequestFailed, WorkerDied
+from llava_engine.models.llava import LlavaModel
+from llava_engine.runtime.feature_cache import FeatureCache
+from llava_engine.runtime.kv_cache import BlockPool, KVCache
+from llava_engine.runtime.model_runner import ModelRunner
+from llava_engine.runtime.scheduler import Scheduled, Scheduler
+from llava_engine.runtime.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceRuntime:
+    """Runs sequences of `model` on `device` until `close`.
+
+    It starts without KV blocks; each `add_worker` brings a share. All methods are thread-safe.
+    """
+
+    def __init__(self, model: LlavaModel, *, device: torch.device, config: EngineConfig) -> None:
+        text = model.config.text
+        self.device = device
+        self.max_model_len = min(
+            config.max_model_len or model.config.max_model_len, model.config.max_model_len
+        )
+        self._weights_bytes = model.nbytes
+        self._cache = KVCache(
+            num_layers=text.num_layers,
+            num_kv_heads=text.num_kv_heads,
+            head_dim=text.head_dim,
+            block_size=config.block_size,
+            dtype=model.dtype,
+            device=device,
+        )
+        self._blocks = BlockPool(0, config.block_size)
+        self._features = FeatureCache(config.image_cache_mb << 20)
+        self._scheduler = Scheduler(
+            self._blocks,
+            max_batch=config.max_batch,
+            prefill_chunk=config.prefill_chunk,
+            max_model_len=self.max_model_len,
+        )
+        self._runner = ModelRunner(model, self._cache, self._features, device)
+        self._shares: dict[str, int] = {}
+        # What the loop thread is to do: a sequence, a command, or None to just look around.
+        self._inbox: SimpleQueue[Sequence | Callable[[], None] | None] = SimpleQueue()
+        self._closing = False
+        self._lock = threading.Lock()
+        self._open = True
+        """Guarded by `_lock`: whether the loop will still look at what is put in the inbox."""
+        self._death: BaseException | None = None
+        self._death_callbacks: list[Callable[[BaseException], None]] = []
+        self._thread = threading.Thread(
+            target=self._loop, name=f"llava-runtime-{device}", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of one KV block over all layers."""
+        return self._cache.block_bytes
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks of all shares together."""
+        return self._blocks.num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        """KV blocks that no sequence holds; equal to `num_blocks` when nothing runs."""
+        return self._blocks.num_free
+
+    def memory_bytes(self) -> int:
+        """Bytes of weights, KV cache and kept pictures on the device."""
+        kv = self._blocks.num_blocks * self._cache.block_bytes
+        return self._weights_bytes + kv + self._features.nbytes
+
+    def load(self) -> int:
+        """Sequences that run or wait."""
+        return len(self._scheduler.running) + self._scheduler.num_waiting + self._inbox.qsize()
+
+    def add_worker(self, name: str, kv_bytes: int) -> None:
+        """Grow the KV cache by a worker's share, at least one block.
+
+        Raises MemoryExhausted when the device has no room for it, WorkerDied when closed.
+        """
+        blocks = max(1, kv_bytes // self._cache.block_bytes)
+        self._command(lambda: self._set_shares({**self._shares, name: blocks}))
+
+    def remove_worker(self, name: str) -> None:
+        """Give a worker's share back; sequences that no longer fit are computed again."""
+        self._command(
+            lambda: self._set_shares({k: v for k, v in self._shares.items() if k != name})
+        )
+
+    def submit(self, sequence: Sequence) -> None:
+        """Run a sequence. Never blocks or raises: what fails goes to the sequence's sink."""
+        if not self._put(sequence):
+            sequence.sink.fail(self._gone())
+
+    def wake(self) -> None:
+        """Look now for sequences whose sink is cancelled. Takes no lock."""
+        self._inbox.put(None)
+
+    def on_death(self, callback: Callable[[BaseException], None]) -> None:
+        """Call `callback` with the cause if the loop thread dies; at once if it already has."""
+        with self._lock:
+            self._death_callbacks.append(callback)
+            death = self._death
+        if death is not None:
+            callback(death)
+
+    def close(self) -> None:
+        """End the loop, fail what is left with WorkerDied, and free the device's memory."""
+        self._closing = True
+        self.wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _put(self, item: Sequence | Callable[[], None]) -> bool:
+        with self._lock:
+            if self._open:
+                self._inbox.put(item)
+            return self._open
+
+    def _command(self, action: Callable[[], None]) -> None:
+        """Run `action` on the loop thread, between steps, and wait for it."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            if self._closing or self._death is not None:
+                done.set_exception(self._gone())
+                return
+            try:
+                action()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        if not self._put(run):
+            raise self._gone()
+        done.result()
+
+    def _set_shares(self, shares: dict[str, int]) -> None:
+        total = sum(shares.values())
+        self._scheduler.make_room(total)
+        before = self._blocks.num_blocks
+        moves = self._blocks.resize(total)
+        for sequence in self._scheduler.running:
+            sequence.block_table = [moves.get(block, block) for block in sequence.block_table]
+        try:
+            self._cache.resize(total, moves)
+        except RuntimeError as error:  # torch's OutOfMemoryError, and what its CPU allocator raises
+            self._blocks.resize(before)
+            self._cache.resize(before, {})
+            raise MemoryExhausted(
+                f"No room on {self.device} for {total - before} more KV blocks."
+            ) from error
+        self._shares = shares
+        if total < before:
+            self._release_cached_memory()
+
+    def _release_cached_memory(self) -> None:
+        """Give what torch's allocator keeps for reuse back to the device."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _loop(self) -> None:
+        try:
+            with torch.inference_mode():
+                while not self._closing:
+                    self._receive()
+                    step = self._scheduler.schedule(time.monotonic())
+                    if step:
+                        self._run(step)
+        except BaseException as error:  # noqa: BLE001  whatever it is, no stream may hang
+            logger.exception("The runtime on %s died.", self.device)
+            self._death = error
+        self._shut()
+
+    def _receive(self) -> None:
+        """Take in everything that has arrived; block while there is nothing else to do."""
+        idle = not self._scheduler.running and not self._scheduler.num_waiting
+        reap = False
+        try:
+            item = self._inbox.get(block=idle)
+            while True:
+                if item is None:
+                    reap = True
+                elif isinstance(item, Sequence):
+                    self._scheduler.add(item)
+                else:
+                    item()
+                item = self._inbox.get_nowait()
+        except Empty:
+            pass
+        if reap:
+            self._scheduler.reap()
+
+    def _run(self, step: list[Scheduled]) -> None:
+        try:
+            tokens = self._runner.run(step)
+        except torch.AcceleratorError:
+            raise  # the CUDA context is lost, and every sequence with it
+        except Exception as error:
+            if len(step) > 1:
+                # One sequence's failure is its own: find it by running each alone.
+                logger.warning("A step of %d sequences failed; running each alone.", len(step))
+                for entry in step:
+                    self._run([entry])
+            else:
+                self._scheduler.fail(step[0].sequence, _as_llava_error(error))
+            return
+        for entry, token in zip(step, tokens, strict=True):
+            self._scheduler.complete(entry, token)
+
+    def _shut(self) -> None:
+        """No more work: fail what is left, run what waits for an answer, free the memory."""
+        with self._lock:
+            self._open = False
+            callbacks = list(self._death_callbacks)
+        for sequence in self._scheduler.unfinished():
+            self._scheduler.fail(sequence, self._gone())
+        while True:
+            try:
+                item = self._inbox.get_nowait()
+            except Empty:
+                break
+            if isinstance(item, Sequence):
+                item.sink.fail(self._gone())
+            elif item is not None:
+                item()
+        del self._runner
+        self._weights_bytes = 0
+        self._features.clear()
+        self._blocks.resize(0)
+        self._cache.resize(0, {})
+        self._release_cached_memory()
+        if self._death is not None:
+            for callback in callbacks:
+                callback(self._death)
+
+    def _gone(self) -> WorkerDied:
+        died = WorkerDied(f"The runtime on {self.device} has ended.")
+        died.__cause__ = self._death
+        return died
+
+
+def _as_llava_error(error: Exception) -> LlavaError:
+    if isinstance(error, LlavaError):
+        return error
+    wrapped: LlavaError
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        wrapped = MemoryExhausted("The device ran out of memory during this request.")
+    else:
+        wrapped = RequestFailed(f"The model failed on this request: {type(error).__name__}.")
+    wrapped.__cause__ = error
+    return wrapped

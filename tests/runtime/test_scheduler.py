@@ -1,0 +1,265 @@
+"""The scheduler alone, with sinks that write down what they are told and no model."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from llava_engine.errors import LlavaError, MemoryExhausted, PromptTooLong, RequestTimeout
+from llava_engine.runtime.kv_cache import BlockPool
+from llava_engine.runtime.scheduler import Scheduled, Scheduler
+from llava_engine.runtime.sequence import Sequence, SequenceStatus
+from llava_engine.types import FinishReason, SamplingParams
+
+EOS = 7
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.cancelled = False
+        self.cached: int | None = None
+        self.tokens: list[int] = []
+        self.reason: FinishReason | None = None
+        self.error: LlavaError | None = None
+
+    def start(self, cached_tokens: int) -> None:
+        assert self.cached is None
+        self.cached = cached_tokens
+
+    def put(self, token_id: int) -> None:
+        assert self.reason is None and self.error is None
+        self.tokens.append(token_id)
+
+    def finish(self, reason: FinishReason) -> None:
+        assert self.reason is None and self.error is None
+        self.reason = reason
+
+    def fail(self, error: LlavaError) -> None:
+        assert self.reason is None and self.error is None
+        self.error = error
+
+
+def sequence(prompt: list[int], max_new_tokens: int = 4, **options: object) -> Sequence:
+    sampling = SamplingParams(ignore_eos=bool(options.pop("ignore_eos", False)))
+    return Sequence(
+        list(prompt), (), sampling, max_new_tokens, frozenset({EOS}), Sink(), seed=0, **options
+    )
+
+
+def sink(sequence: Sequence) -> Sink:
+    assert isinstance(sequence.sink, Sink)
+    return sequence.sink
+
+
+def scheduler(blocks: int = 64, block_size: int = 4, **limits: int) -> tuple[Scheduler, BlockPool]:
+    pool = BlockPool(blocks, block_size)
+    options = {"max_batch": 8, "prefill_chunk": 16, "max_model_len": 100, **limits}
+    return Scheduler(pool, **options), pool
+
+
+def next_token(sequence: Sequence) -> int:
+    """A model that any change of the tokens it sees would show: a hash of all of them."""
+    return 8 + sum(i * t for i, t in enumerate(sequence.token_ids, 1)) % 50
+
+
+def advance(scheduler: Scheduler, now: float = 0.0) -> list[Scheduled]:
+    step = scheduler.schedule(now)
+    for entry in step:
+        completes = entry.completes
+        scheduler.complete(entry, next_token(entry.sequence) if completes else None)
+    return step
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(8 + sum(i * t for i, t in enumerate(ids, 1)) % 50)
+    return ids[len(prompt) :]
+
+
+def test_a_sequence_is_prefilled_in_chunks_and_then_decodes() -> None:
+    plan, pool = scheduler(prefill_chunk=5)
+    one = sequence([1] * 12, 3)
+    plan.add(one)
+    sizes = []
+    while step := advance(plan):
+        sizes.append([entry.num_tokens for entry in step])
+    assert sizes == [[5], [5], [2], [1], [1]]
+    assert sink(one).tokens == expected([1] * 12, 3)
+    assert sink(one).reason is FinishReason.LENGTH
+    assert pool.num_free == pool.num_blocks
+
+
+def test_a_long_prefill_delays_no_decode() -> None:
+    plan, _ = scheduler(prefill_chunk=4)
+    short, long = sequence([1, 2], 20), sequence([3] * 40, 2)
+    plan.add(short)
+    advance(plan)
+    plan.add(long)
+    for _ in range(10):
+        before = len(sink(short).tokens)
+        step = advance(plan)
+        assert len(sink(short).tokens) == before + 1
+        assert sum(e.num_tokens for e in step if e.sequence is long) <= 4
+
+
+def test_first_come_first_served_within_a_priority() -> None:
+    plan, _ = scheduler(max_batch=1)
+    late, urgent, early = sequence([1], 1), sequence([2], 1, priority=-1), sequence([3], 1)
+    for each in (early, late, urgent):
+        plan.add(each)
+    order = []
+    while step := advance(plan):
+        order += [entry.sequence for entry in step]
+    assert order == [urgent, early, late]
+
+
+def test_the_end_of_sequence_token_stops_unless_ignored() -> None:
+    plan, _ = scheduler()
+    stops, goes_on = sequence([1], 5), sequence([2], 2, ignore_eos=True)
+    plan.add(stops)
+    plan.add(goes_on)
+    for _ in range(2):
+        for entry in plan.schedule(0.0):
+            plan.complete(entry, EOS)
+    assert (sink(stops).tokens, sink(stops).reason) == ([EOS], FinishReason.STOP)
+    assert (sink(goes_on).tokens, sink(goes_on).reason) == ([EOS, EOS], FinishReason.LENGTH)
+
+
+def test_the_context_limit_ends_a_sequence() -> None:
+    plan, _ = scheduler(max_model_len=10)
+    one = sequence([1] * 8, 50)
+    plan.add(one)
+    while advance(plan):
+        pass
+    assert len(sink(one).tokens) == 2
+    assert sink(one).reason is FinishReason.LENGTH
+
+
+def test_what_can_never_run_fails_at_once() -> None:
+    plan, pool = scheduler(blocks=2, max_model_len=20)
+    too_long, too_big = sequence([1] * 20), sequence([1] * 8)
+    plan.add(too_long)
+    plan.add(too_big)
+    assert isinstance(sink(too_long).error, PromptTooLong)
+    assert isinstance(sink(too_big).error, MemoryExhausted)
+    assert not plan.schedule(0.0)
+    assert pool.num_free == pool.num_blocks
+
+
+def test_preemption_loses_nothing_and_changes_no_token() -> None:
+    plan, pool = scheduler(blocks=7)
+    every = [sequence([i + 1] * 6, 14) for i in range(5)]
+    for one in every:
+        plan.add(one)
+    preempted = 0
+    for _ in range(500):
+        running = set(map(id, plan.running))
+        if not advance(plan):
+            break
+        preempted += sum(1 for s in every if id(s) in running and s.status.value == "waiting")
+    assert preempted > 0, "the cache was meant to be too small"
+    for index, one in enumerate(every):
+        assert sink(one).tokens == expected([index + 1] * 6, 14)
+        assert sink(one).reason is FinishReason.LENGTH
+    assert pool.num_free == pool.num_blocks
+
+
+def test_a_sequence_that_outgrows_the_whole_cache_fails_alone() -> None:
+    plan, pool = scheduler(blocks=3)
+    big, small = sequence([1] * 8, 40), sequence([2], 3)
+    plan.add(big)
+    plan.add(small)
+    while advance(plan):
+        pass
+    assert isinstance(sink(big).error, MemoryExhausted)
+    assert sink(small).tokens == expected([2], 3)
+    assert pool.num_free == pool.num_blocks
+
+
+def test_a_prefix_hit_leaves_the_last_partial_block_and_the_question() -> None:
+    plan, _ = scheduler()
+    picture = [-11, -12, -13, -14, -15, -16, -17, -18, -19]
+    first, second = sequence([1, *picture, 2, 3], 1), sequence([1, *picture, 4], 1)
+    plan.add(first)
+    while advance(plan):
+        pass
+    plan.add(second)
+    (entry,) = advance(plan)
+    assert sink(second).cached == 8
+    assert entry.num_tokens == len([1, *picture, 4]) - 8
+    salted = sequence([1, *picture, 4], 1, cache_salt=b"other tenant")
+    plan.add(salted)
+    advance(plan)
+    assert sink(salted).cached == 0
+
+
+def test_an_identical_prompt_still_computes_its_last_token() -> None:
+    plan, _ = scheduler()
+    for _ in range(2):
+        one = sequence([1] * 8, 1)
+        plan.add(one)
+        while advance(plan):
+            pass
+        assert sink(one).tokens == expected([1] * 8, 1)
+    assert sink(one).cached == 4
+
+
+def test_deadlines_fail_waiting_and_running_sequences() -> None:
+    plan, pool = scheduler(max_batch=1)
+    running, waiting = sequence([1], 50, deadline=5.0), sequence([2], 50, deadline=3.0)
+    plan.add(running)
+    plan.add(waiting)
+    advance(plan, 1.0)
+    advance(plan, 3.0)
+    assert isinstance(sink(waiting).error, RequestTimeout)
+    assert sink(running).error is None
+    advance(plan, 5.0)
+    assert isinstance(sink(running).error, RequestTimeout)
+    assert pool.num_free == pool.num_blocks
+    assert plan.num_waiting == 0 and not plan.running
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_aborts_leave_nothing_and_touch_nobody(seed: int) -> None:
+    chance = random.Random(seed)
+    plan, pool = scheduler(blocks=20, max_batch=4, prefill_chunk=7)
+    every: list[tuple[Sequence, list[int]]] = []
+    for _ in range(600):
+        if chance.random() < 0.3 and len(every) < 80:
+            prompt = [chance.randint(1, 3) for _ in range(chance.randint(1, 25))]
+            every.append((sequence(prompt, chance.randint(1, 12)), prompt))
+            plan.add(every[-1][0])
+        if chance.random() < 0.1 and every:
+            sink(chance.choice(every)[0]).cancelled = True
+            if chance.random() < 0.5:
+                plan.reap()
+        advance(plan)
+    while advance(plan):
+        pass
+    assert pool.num_free == pool.num_blocks
+    assert plan.num_waiting == 0 and not plan.running and not plan.unfinished()
+    for one, prompt in every:
+        assert one.status is SequenceStatus.FINISHED
+        told = sink(one)
+        want = expected(prompt, one.max_new_tokens)
+        if told.reason is FinishReason.CANCELLED:
+            assert told.cancelled and told.tokens == want[: len(told.tokens)]
+        else:
+            assert told.tokens == want
+
+
+def test_make_room_preempts_the_last_in_rank_first() -> None:
+    plan, pool = scheduler(blocks=20)
+    early, late = sequence([1] * 8, 9), sequence([2] * 8, 9)
+    plan.add(early)
+    plan.add(late)
+    advance(plan)
+    plan.make_room(3)
+    assert early.status is SequenceStatus.RUNNING and late.status is SequenceStatus.WAITING
+    pool.resize(3)
+    while advance(plan):
+        pass
+    assert isinstance(sink(early).error, MemoryExhausted) or sink(early).tokens
+    assert pool.num_free == pool.num_blocks
