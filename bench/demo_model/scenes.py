@@ -175,8 +175,8 @@ def _shapes(
     """One to four shapes in cells of their own, or None where the draw made two of them touch."""
     count = rng.choice((1, 2, 2, 3, 3, 3, 4, 4, 4))
     # A narrow choice makes pairs alike, so that counting and telling apart need looking.
-    colours = rng.sample(allowed, 2) if rng.random() < 0.25 else allowed
-    kinds = rng.sample(SHAPES, 2) if rng.random() < 0.3 else list(SHAPES)
+    colours = rng.sample(allowed, 2) if rng.random() < 0.35 else allowed
+    kinds = rng.sample(SHAPES, 2) if rng.random() < 0.35 else list(SHAPES)
     cells = [(r, c) for r in range(3) for c in range(3) if writing is None or r != writing.row]
     shapes: list[Shape] = []
     for row, col in sorted(rng.sample(cells, count)):

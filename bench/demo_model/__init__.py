@@ -1,0 +1,1 @@
+"""How the demo checkpoint llava-tiny is made: scenes, questions, tokenizer, training, evaluation."""
