@@ -1,0 +1,399 @@
+"""DeviceRuntime on the CPU against transformers: batched, shared, preempted, aborted, resized."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from support.checkpoints import make_checkpoint
+from transformers import LlavaForConditionalGeneration
+
+from llava_engine import EngineConfig, FinishReason, SamplingParams
+from llava_engine.errors import LlavaError, MemoryExhausted, RequestFailed, WorkerDied
+from llava_engine.models.llava import LlavaModel
+from llava_engine.models.weights import load_model
+from llava_engine.runtime.runtime import DeviceRuntime
+from llava_engine.runtime.sequence import Picture, Sequence
+from llava_engine.text.prompt import placeholder_ids
+
+CPU = torch.device("cpu")
+
+
+class Sink:
+    """A reader that waits for the end and may lose interest after some tokens."""
+
+    def __init__(self, cancel_after: int | None = None) -> None:
+        self.cancel_after = cancel_after
+        self.cancelled = False
+        self.cached = 0
+        self.tokens: list[int] = []
+        self.ended = threading.Event()
+        self.reason: FinishReason | None = None
+        self.error: LlavaError | None = None
+
+    def start(self, cached_tokens: int) -> None:
+        self.cached = cached_tokens
+
+    def put(self, token_id: int) -> None:
+        assert not self.ended.is_set()
+        self.tokens.append(token_id)
+        if self.cancel_after is not None and len(self.tokens) >= self.cancel_after:
+            self.cancelled = True
+
+    def finish(self, reason: FinishReason) -> None:
+        assert not self.ended.is_set()
+        self.reason = reason
+        self.ended.set()
+
+    def fail(self, error: LlavaError) -> None:
+        assert not self.ended.is_set()
+        self.error = error
+        self.ended.set()
+
+    def wait(self) -> list[int]:
+        assert self.ended.wait(60), "the stream hangs"
+        if self.error is not None:
+            raise self.error
+        return self.tokens
+
+
+@dataclass
+class World:
+    """A random tiny LLaVA twice: ours, and transformers' as the oracle."""
+
+    ours: LlavaModel
+    theirs: LlavaForConditionalGeneration
+    pictures: list[np.ndarray]
+
+    def sequence(
+        self, picture: int | None, question: list[int], count: int, sink: Sink, **options: object
+    ) -> Sequence:
+        """`<s>`, the picture if any, then the question."""
+        length = self.ours.config.image_tokens
+        ids, pictures = [1], ()
+        if picture is not None:
+            key = picture.to_bytes(16, "big")
+            ids += placeholder_ids(key, length)
+            pictures = (Picture(key, 1, length, self.pictures[picture]),)
+        sampling = options.pop("sampling", SamplingParams(ignore_eos=True))
+        seed = options.pop("seed", 0)
+        return Sequence(
+            ids + question, pictures, sampling, count, frozenset({2}), sink, seed=seed, **options
+        )
+
+    def expected(self, picture: int | None, question: list[int], count: int) -> list[int]:
+        """Greedy tokens of transformers' generate."""
+        ids = [1]
+        inputs = {}
+        if picture is not None:
+            ids += [self.ours.config.image_token_id] * self.ours.config.image_tokens
+            inputs["pixel_values"] = torch.from_numpy(self.pictures[picture])[None]
+        input_ids = torch.tensor([ids + question])
+        with torch.inference_mode():
+            out = self.theirs.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                **inputs,
+            )
+        return out[0, input_ids.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    directory: Path = tmp_path_factory.mktemp("model")
+    make_checkpoint(directory, seed=3)
+    theirs = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    # Without an end-of-sequence id, min_new_tokens forbids no token.
+    theirs.generation_config.eos_token_id = None
+    theirs.generation_config.pad_token_id = 0
+    ours = load_model(directory, device=CPU, dtype=torch.float32)
+    side = ours.config.vision.image_size
+    generator = np.random.default_rng(0)
+    pictures = [generator.standard_normal((3, side, side), dtype=np.float32) for _ in range(6)]
+    pictures[1] = pictures[0].copy()
+    pictures[1][0, 0, 0] += 2.0  # one pixel apart
+    return World(ours, theirs, pictures)
+
+
+@pytest.fixture
+def runtime(world: World) -> Iterator[DeviceRuntime]:
+    yield from running(world, blocks=400)
+
+
+def running(world: World, blocks: int, **options: int) -> Iterator[DeviceRuntime]:
+    config = EngineConfig(device="cpu", **{"block_size": 8, "prefill_chunk": 24, **options})
+    made = DeviceRuntime(world.ours, device=CPU, config=config)
+    made.add_worker("one", blocks * made.kv_block_bytes)
+    yield made
+    thread = made._thread
+    made.close()
+    assert not thread.is_alive()
+
+
+def settled(runtime: DeviceRuntime) -> None:
+    """Until the loop has seen every end, then: nothing may be left."""
+    deadline = time.monotonic() + 30
+    while runtime.load() and time.monotonic() < deadline:
+        runtime.wake()
+        time.sleep(0.005)
+    assert runtime.load() == 0
+    assert runtime.num_free_blocks == runtime.num_blocks
+
+
+@dataclass
+class Request:
+    picture: int | None
+    question: list[int]
+    count: int
+
+
+def requests(seed: int, count: int, vocab: int) -> list[Request]:
+    chance = random.Random(seed)
+    return [
+        Request(
+            chance.choice([None, 0, 0, 0, 1, 2, 3, 4, 5]),
+            [chance.randrange(3, vocab) for _ in range(chance.randint(1, 30))],
+            chance.randint(1, 16),
+        )
+        for _ in range(count)
+    ]
+
+
+def test_batched_equals_alone_and_transformers(world: World, runtime: DeviceRuntime) -> None:
+    chance = random.Random(1)
+    asked = requests(1, 64, 400)
+    sinks = [Sink(chance.randint(1, 5) if chance.random() < 0.2 else None) for _ in asked]
+    for request, sink in zip(asked, sinks, strict=True):
+        runtime.submit(world.sequence(request.picture, request.question, request.count, sink))
+        if chance.random() < 0.3:
+            time.sleep(0.01)  # arrive while others run
+    for sink in sinks:
+        assert sink.ended.wait(60)
+    settled(runtime)
+    for request, sink in zip(asked, sinks, strict=True):
+        want = world.expected(request.picture, request.question, request.count)
+        if sink.reason is FinishReason.CANCELLED:
+            assert sink.cancelled and sink.tokens == want[: len(sink.tokens)]
+        else:
+            assert sink.reason is FinishReason.LENGTH and sink.tokens == want
+    for request in asked[:8]:
+        alone = Sink()
+        runtime.submit(world.sequence(request.picture, request.question, request.count, alone))
+        assert alone.wait() == world.expected(request.picture, request.question, request.count)
+
+
+def test_a_prefix_hit_equals_a_cold_run(world: World, runtime: DeviceRuntime) -> None:
+    want = {q: world.expected(0, [q, 11, 12], 8) for q in (20, 30)}
+    cold, warm, other, salted = Sink(), Sink(), Sink(), Sink()
+    runtime.submit(world.sequence(0, [20, 11, 12], 8, cold))
+    assert cold.wait() == want[20] and cold.cached == 0
+    runtime.submit(world.sequence(0, [30, 11, 12], 8, warm))
+    assert warm.wait() == want[30]
+    prefix = 1 + world.ours.config.image_tokens
+    assert warm.cached == prefix // 8 * 8
+    runtime.submit(world.sequence(1, [30, 11, 12], 8, other))  # a picture one pixel apart
+    assert other.wait() == world.expected(1, [30, 11, 12], 8)
+    assert other.cached == 0
+    runtime.submit(world.sequence(0, [30, 11, 12], 8, salted, cache_salt=b"tenant"))
+    assert salted.wait() == want[30] and salted.cached == 0
+
+
+def test_a_picture_is_encoded_once_for_all_who_wait_for_it(
+    world: World, runtime: DeviceRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    original = type(world.ours).encode_images
+
+    def counting(self: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
+        encoded.append(pixels.shape[0])
+        return original(self, pixels)
+
+    monkeypatch.setattr(type(world.ours), "encode_images", counting)
+    sinks = [Sink() for _ in range(12)]
+    for index, sink in enumerate(sinks):
+        runtime.submit(world.sequence(index % 2, [20 + index], 4, sink))
+    for index, sink in enumerate(sinks):
+        assert sink.wait() == world.expected(index % 2, [20 + index], 4)
+    assert sum(encoded) == 2
+
+
+@pytest.mark.parametrize("image_cache_mb", [0, 64])
+def test_preemption_changes_no_token(world: World, image_cache_mb: int) -> None:
+    asked = [Request(i % 6, [30 + i, 31], 24) for i in range(10)]
+    prompt = 3 + world.ours.config.image_tokens
+    blocks = 2 * -(-(prompt + 24) // 8)  # room for two or three of ten
+    for small in running(world, blocks, image_cache_mb=image_cache_mb):
+        sinks = [Sink() for _ in asked]
+        for request, sink in zip(asked, sinks, strict=True):
+            small.submit(world.sequence(request.picture, request.question, request.count, sink))
+        for request, sink in zip(asked, sinks, strict=True):
+            want = world.expected(request.picture, request.question, request.count)
+            assert sink.wait() == want
+        settled(small)
+
+
+def test_a_share_that_comes_or_goes_changes_no_token(world: World, runtime: DeviceRuntime) -> None:
+    asked = [Request(i % 6, [40 + i], 40) for i in range(8)]
+    sinks = [Sink() for _ in asked]
+    for request, sink in zip(asked, sinks, strict=True):
+        runtime.submit(world.sequence(request.picture, request.question, request.count, sink))
+    memory = runtime.memory_bytes()
+    runtime.add_worker("two", 100 * runtime.kv_block_bytes)
+    assert runtime.num_blocks == 500
+    assert runtime.memory_bytes() >= memory + 100 * runtime.kv_block_bytes
+    runtime.remove_worker("two")
+    runtime.add_worker("three", 20 * runtime.kv_block_bytes)
+    runtime.remove_worker("one")
+    assert runtime.num_blocks == 20
+    for request, sink in zip(asked, sinks, strict=True):
+        want = world.expected(request.picture, request.question, request.count)
+        assert sink.wait() == want
+    settled(runtime)
+
+
+def test_sampled_tokens_depend_on_the_seed_alone(world: World, runtime: DeviceRuntime) -> None:
+    sampling = SamplingParams(temperature=1.0, top_p=0.95, top_k=50, ignore_eos=True)
+
+    def sample(count: int) -> list[list[int]]:
+        sinks = [Sink() for _ in range(count)]
+        for index, sink in enumerate(sinks):
+            runtime.submit(world.sequence(0, [50], 12, sink, sampling=sampling, seed=index % 4))
+        return [sink.wait() for sink in sinks]
+
+    alone = [sample(1)[0] for _ in range(2)]
+    assert alone[0] == alone[1]
+    together = sample(16)
+    assert together[0] == alone[0]
+    assert together[:4] == together[4:8] == together[12:]
+    assert len({tuple(tokens) for tokens in together}) == 4
+
+
+def test_one_broken_picture_fails_one_stream(world: World, runtime: DeviceRuntime) -> None:
+    good = [Sink() for _ in range(4)]
+    bad = Sink()
+    for index, sink in enumerate(good[:2]):
+        runtime.submit(world.sequence(index, [60], 6, sink))
+    broken = world.sequence(2, [60], 6, bad)
+    key = b"broken".ljust(16)
+    picture = Picture(key, 1, broken.pictures[0].length, np.zeros((3, 5, 7), dtype=np.float32))
+    broken.pictures = (picture,)
+    runtime.submit(broken)
+    for index, sink in enumerate(good[2:], 2):
+        runtime.submit(world.sequence(index, [60], 6, sink))
+    with pytest.raises(RequestFailed) as raised:
+        bad.wait()
+    assert raised.value.__cause__ is not None
+    for index, sink in enumerate(good):
+        assert sink.wait() == world.expected(index, [60], 6)
+    settled(runtime)
+
+
+def test_out_of_memory_in_a_request_is_its_own(
+    world: World, runtime: DeviceRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = type(world.ours).encode_images
+
+    def greedy(self: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
+        if (pixels[:, 0, 0, 0] == world.pictures[5][0, 0, 0]).any():
+            raise torch.OutOfMemoryError("no")
+        return original(self, pixels)
+
+    monkeypatch.setattr(type(world.ours), "encode_images", greedy)
+    hungry, modest = Sink(), Sink()
+    runtime.submit(world.sequence(5, [60], 6, hungry))
+    runtime.submit(world.sequence(2, [60], 6, modest))
+    with pytest.raises(MemoryExhausted):
+        hungry.wait()
+    assert modest.wait() == world.expected(2, [60], 6)
+
+
+def test_an_abort_storm_leaves_nothing_and_touches_nobody(
+    world: World, runtime: DeviceRuntime
+) -> None:
+    chance = random.Random(5)
+    sinks: list[tuple[Sink, Request]] = []
+    want: dict[tuple[int | None, int], list[int]] = {}
+    for index in range(2000):
+        request = Request(chance.choice([0, 1, 2]), [chance.randrange(3, 20)], 6)
+        survivor = index % 100 == 0
+        sink = Sink(None if survivor else chance.choice([None, 1, 2, 3]))
+        runtime.submit(world.sequence(request.picture, request.question, request.count, sink))
+        sinks.append((sink, request))
+        if not survivor and sink.cancel_after is None:
+            sink.cancelled = True  # before, during or after its prefill, as it happens
+            if chance.random() < 0.2:
+                runtime.wake()
+    for sink, request in sinks:
+        assert sink.ended.wait(60)
+        place = (request.picture, request.question[0])
+        if place not in want:
+            want[place] = world.expected(request.picture, request.question, request.count)
+        assert sink.tokens == want[place][: len(sink.tokens)]
+        if not sink.cancelled:
+            assert sink.tokens == want[place]
+    settled(runtime)
+
+
+def test_close_fails_what_is_left_and_later_submissions(world: World) -> None:
+    for made in running(world, blocks=100):
+        sinks = [Sink() for _ in range(20)]
+        for sink in sinks:
+            made.submit(world.sequence(0, [70], 10_000, sink))
+        made.close()
+        late = Sink()
+        made.submit(world.sequence(0, [70], 4, late))
+        for sink in (*sinks, late):
+            with pytest.raises(WorkerDied):
+                sink.wait()
+        with pytest.raises(WorkerDied):
+            made.add_worker("late", 1 << 20)
+        assert made.num_blocks == 0 and made.memory_bytes() == 0
+        made.close()
+
+
+def test_a_dead_loop_fails_every_stream_and_says_why(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for made in running(world, blocks=100):
+        causes: list[BaseException] = []
+        made.on_death(causes.append)
+        sinks = [Sink() for _ in range(5)]
+        for sink in sinks:
+            made.submit(world.sequence(0, [70], 10_000, sink))
+
+        def broken(now: float) -> None:
+            raise SystemError("planted")
+
+        monkeypatch.setattr(made._scheduler, "schedule", broken)
+        for sink in sinks:
+            with pytest.raises(WorkerDied) as raised:
+                sink.wait()
+            assert isinstance(raised.value.__cause__, SystemError)
+        made._thread.join(10)
+        made.on_death(causes.append)
+        assert [str(cause) for cause in causes] == ["planted", "planted"]
+
+
+def test_an_idle_runtime_uses_no_processor(runtime: DeviceRuntime) -> None:
+    native = runtime._thread.native_id
+    process = psutil.Process()
+
+    def used() -> float:
+        (mine,) = [t for t in process.threads() if t.id == native]
+        return mine.user_time + mine.system_time
+
+    settled(runtime)
+    before = used()
+    time.sleep(0.3)
+    assert used() - before <= 0.02
