@@ -110,5 +110,38 @@ def make_tokenizer(directory: Path, *, metaspace: bool = False) -> None:
     _write(directory / "special_tokens_map.json", {**names, "image_token": "<image>"})
 
 
+def make_byte_level_tokenizer(directory: Path) -> None:
+    """Write a tokenizer like Llama 3's: byte-level BPE with words taken whole (`ignore_merges`).
+
+    `<|begin|>`, `<|end|>` and `<image>` are special and lie beyond the model's vocabulary;
+    `<tool>` is added but not special.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = []
+    for word in _WORDS.split():
+        left = "Ġ"
+        for right in word:
+            if (left, right) not in merges:
+                merges.append((left, right))
+            left += right
+    pieces += dict.fromkeys(left + right for left, right in merges)
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|begin|>", "<|end|>", "<image>"])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A",
+        pair=None,
+        special_tokens=[("<|begin|>", tokenizer.token_to_id("<|begin|>"))],
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    names = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
+    config = {**names, "tokenizer_class": "PreTrainedTokenizerFast"}
+    _write(directory / "tokenizer_config.json", config)
+
+
 def _write(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
