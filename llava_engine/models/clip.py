@@ -1,0 +1,85 @@
+"""The CLIP vision tower: pixels in, hidden states of the feature layers out.
+
+Layers behind the last feature layer are never built (Radford et al. 2021; numerics as in
+transformers' CLIPVisionModel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from llava_engine.models.config import VisionConfig
+from llava_engine.models.layers import ACTIVATIONS, LayerNorm, Linear, Placement, Slot
+
+PREFIX = "vision_tower.vision_model"
+
+
+class VisionTower:
+    """feature_layers: which hidden states are wanted; 0 is the first layer's input."""
+
+    def __init__(
+        self, config: VisionConfig, feature_layers: tuple[int, ...], place: Placement
+    ) -> None:
+        hidden, patch = config.hidden_size, config.patch_size
+        self._feature_layers = feature_layers
+        self._patch_size = patch
+        self._class_embedding = place.empty(hidden)
+        self._patch_embedding = place.empty(hidden, 3, patch, patch)
+        self._position_embedding = place.empty(config.num_patches + 1, hidden)
+        self._pre_norm = LayerNorm(hidden, config.layer_norm_eps, place)
+        self._layers = [_Layer(config, place) for _ in range(max(feature_layers))]
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels [n, 3, side, side] to [n, 1 + patches, hidden * feature layers]."""
+        patches = F.conv2d(pixels, self._patch_embedding, stride=self._patch_size)
+        patches = patches.flatten(2).transpose(1, 2)
+        first = self._class_embedding.expand(len(pixels), 1, -1)
+        x = self._pre_norm(torch.cat((first, patches), dim=1) + self._position_embedding)
+        states = [x]
+        for layer in self._layers:
+            x = layer(x)
+            states.append(x)
+        wanted = [states[index] for index in self._feature_layers]
+        return wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=-1)
+
+    def slots(self) -> Iterator[Slot]:
+        yield f"{PREFIX}.embeddings.class_embedding", self._class_embedding
+        yield f"{PREFIX}.embeddings.patch_embedding.weight", self._patch_embedding
+        yield f"{PREFIX}.embeddings.position_embedding.weight", self._position_embedding
+        yield from self._pre_norm.slots(f"{PREFIX}.pre_layrnorm")
+        for index, layer in enumerate(self._layers):
+            yield from layer.slots(f"{PREFIX}.encoder.layers.{index}")
+
+
+class _Layer:
+    def __init__(self, config: VisionConfig, place: Placement) -> None:
+        hidden, eps = config.hidden_size, config.layer_norm_eps
+        self._num_heads = config.num_heads
+        self._activation = ACTIVATIONS[config.hidden_act]
+        self._norm1 = LayerNorm(hidden, eps, place)
+        self._qkv = Linear(hidden, 3 * hidden, True, place)
+        self._out = Linear(hidden, hidden, True, place)
+        self._norm2 = LayerNorm(hidden, eps, place)
+        self._fc1 = Linear(hidden, config.intermediate_size, True, place)
+        self._fc2 = Linear(config.intermediate_size, hidden, True, place)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        n, tokens, hidden = x.shape
+        qkv = self._qkv(self._norm1(x)).view(n, tokens, 3, self._num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        attended = F.scaled_dot_product_attention(q, k, v)
+        x = x + self._out(attended.transpose(1, 2).reshape(n, tokens, hidden))
+        return x + self._fc2(self._activation(self._fc1(self._norm2(x))))
+
+    def slots(self, prefix: str) -> Iterator[Slot]:
+        hidden, wide = self._out.weight.shape[0], self._fc1.weight.shape[0]
+        attention = f"{prefix}.self_attn"
+        yield from self._norm1.slots(f"{prefix}.layer_norm1")
+        yield from self._qkv.slots({f"{attention}.{name}_proj": hidden for name in "qkv"})
+        yield from self._out.slots({f"{attention}.out_proj": hidden})
+        yield from self._norm2.slots(f"{prefix}.layer_norm2")
+        yield from self._fc1.slots({f"{prefix}.mlp.fc1": wide})
+        yield from self._fc2.slots({f"{prefix}.mlp.fc2": hidden})

@@ -1,0 +1,84 @@
+"""Parts that the vision tower, the projector and the decoder share.
+
+A layer holds plain tensors, uninitialised until models.weights fills them. `slots` names the views
+of them that a checkpoint's tensors go to, which is how several tensors become one fused matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+
+Slot: TypeAlias = tuple[str, torch.Tensor]
+"""A tensor's name in a checkpoint as published, and the view that it is copied to."""
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "quick_gelu": _quick_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+"""The activations that are implemented, under transformers' names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and in which type a model's tensors are made."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
+
+
+class Linear:
+    """y = x @ weight.T + bias. weight: [outputs, inputs]; bias: [outputs] or None."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, place: Placement) -> None:
+        self.weight = place.empty(outputs, inputs)
+        self.bias = place.empty(outputs) if bias else None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def slots(self, parts: dict[str, int]) -> Iterator[Slot]:
+        """The checkpoint's matrices that are stacked here; `parts`: their names and output sizes."""
+        start = 0
+        for name, outputs in parts.items():
+            yield f"{name}.weight", self.weight[start : start + outputs]
+            if self.bias is not None:
+                yield f"{name}.bias", self.bias[start : start + outputs]
+            start += outputs
+
+
+class LayerNorm:
+    """Layer normalisation over the last dimension of `size`."""
+
+    def __init__(self, size: int, eps: float, place: Placement) -> None:
+        self.weight = place.empty(size)
+        self.bias = place.empty(size)
+        self.eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def slots(self, name: str) -> Iterator[Slot]:
+        yield f"{name}.weight", self.weight
+        yield f"{name}.bias", self.bias

@@ -1,0 +1,176 @@
+"""The Llama decoder on flat batches: embedding rows in, normalised hidden rows out.
+
+A batch is the new tokens of any number of sequences, one after the other; their past is in the
+paged KV cache, which the caller owns (Touvron et al. 2023; numerics as in transformers' Llama).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from llava_engine.kernels.activation import silu_mul
+from llava_engine.kernels.attention import paged_attention
+from llava_engine.kernels.norm import add_rms_norm, rms_norm
+from llava_engine.kernels.rope_kv import rope_append
+from llava_engine.models.config import RopeConfig, TextConfig
+from llava_engine.models.layers import ACTIVATIONS, Linear, Placement, Slot
+
+PREFIX = "language_model.model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Where the T rows of a step belong, for S sequences.
+
+    positions: int64 [T], of each row in its sequence.
+    slot_mapping: int64 [T], where its key and value go: block * block_size + offset.
+    block_table: int32 [S, max_blocks]. query_start: int32 [S + 1], first row of each sequence.
+    context_lens: int32 [S], tokens of each sequence up to and with this step's.
+    """
+
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_table: torch.Tensor
+    query_start: torch.Tensor
+    context_lens: torch.Tensor
+
+
+class LlamaDecoder:
+    """Embedding, decoder layers and final norm; the head is models.llava's."""
+
+    def __init__(self, config: TextConfig, place: Placement) -> None:
+        self._eps = config.rms_norm_eps
+        self.embedding = place.empty(config.vocab_size, config.hidden_size)
+        self._layers = [_Layer(config, place) for _ in range(config.num_layers)]
+        self._norm = place.empty(config.hidden_size)
+        table = cos_sin_table(config.rope, config.head_dim, config.max_position_embeddings)
+        self._cos_sin = table.to(place.device)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """token_ids [T] to [T, hidden]."""
+        return F.embedding(token_ids, self.embedding)
+
+    def __call__(
+        self,
+        embeds: torch.Tensor,
+        batch: Batch,
+        k_caches: list[torch.Tensor],
+        v_caches: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """embeds [T, hidden] to [T, hidden] after the final norm; fills the batch's cache slots."""
+        residual = embeds.clone()
+        x = torch.empty_like(residual)
+        rms_norm(x, residual, self._layers[0].input_norm, self._eps)
+        next_norms = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
+        for layer, next_norm, k_cache, v_cache in zip(
+            self._layers, next_norms, k_caches, v_caches, strict=True
+        ):
+            attended = layer.attend(x, batch, self._cos_sin, k_cache, v_cache)
+            add_rms_norm(x, residual, attended, layer.post_norm, self._eps)
+            add_rms_norm(x, residual, layer.mlp(x), next_norm, self._eps)
+        return x
+
+    def slots(self) -> Iterator[Slot]:
+        yield f"{PREFIX}.embed_tokens.weight", self.embedding
+        for index, layer in enumerate(self._layers):
+            yield from layer.slots(f"{PREFIX}.layers.{index}")
+        yield f"{PREFIX}.norm.weight", self._norm
+
+
+class _Layer:
+    def __init__(self, config: TextConfig, place: Placement) -> None:
+        hidden, dim = config.hidden_size, config.head_dim
+        self._num_heads, self._num_kv_heads, self._dim = config.num_heads, config.num_kv_heads, dim
+        self._scale = dim**-0.5
+        self._hidden_act = config.hidden_act
+        self._wide = config.intermediate_size
+        self.input_norm = place.empty(hidden)
+        heads = config.num_heads + 2 * config.num_kv_heads
+        self._qkv = Linear(hidden, heads * dim, config.attention_bias, place)
+        self._out = Linear(config.num_heads * dim, hidden, config.attention_bias, place)
+        self.post_norm = place.empty(hidden)
+        self._gate_up = Linear(hidden, 2 * self._wide, config.mlp_bias, place)
+        self._down = Linear(self._wide, hidden, config.mlp_bias, place)
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        batch: Batch,
+        cos_sin: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+    ) -> torch.Tensor:
+        qkv = self._qkv(x).view(len(x), -1, self._dim)
+        q = qkv[:, : self._num_heads]
+        k, v = qkv[:, self._num_heads :].chunk(2, dim=1)
+        rope_append(q, k, v, cos_sin, batch.positions, batch.slot_mapping, k_cache, v_cache)
+        attended = torch.empty(q.shape, dtype=x.dtype, device=x.device)
+        paged_attention(
+            attended,
+            q,
+            k_cache,
+            v_cache,
+            batch.block_table,
+            batch.query_start,
+            batch.context_lens,
+            self._scale,
+        )
+        return self._out(attended.view(len(x), -1))
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        gate_up = self._gate_up(x)
+        if self._hidden_act in ("silu", "swish"):
+            activated = torch.empty(len(x), self._wide, dtype=x.dtype, device=x.device)
+            silu_mul(activated, gate_up)
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            activated = ACTIVATIONS[self._hidden_act](gate) * up
+        return self._down(activated)
+
+    def slots(self, prefix: str) -> Iterator[Slot]:
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        hidden, kv = len(self.input_norm), self._num_kv_heads * self._dim
+        yield f"{prefix}.input_layernorm.weight", self.input_norm
+        yield from self._qkv.slots(
+            {
+                f"{attention}.q_proj": self._num_heads * self._dim,
+                f"{attention}.k_proj": kv,
+                f"{attention}.v_proj": kv,
+            }
+        )
+        yield from self._out.slots({f"{attention}.o_proj": hidden})
+        yield f"{prefix}.post_attention_layernorm.weight", self.post_norm
+        yield from self._gate_up.slots(
+            {f"{mlp}.gate_proj": self._wide, f"{mlp}.up_proj": self._wide}
+        )
+        yield from self._down.slots({f"{mlp}.down_proj": hidden})
+
+
+def cos_sin_table(rope: RopeConfig, head_dim: int, length: int) -> torch.Tensor:
+    """float32 [length, head_dim]: cosines, then sines, of position * frequency."""
+    angles = torch.arange(length).float().unsqueeze(1) * inverse_frequencies(rope, head_dim)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    """float32 [head_dim / 2], in radians per token.
+
+    "linear" stretches positions by `factor`. "llama3" stretches only waves that are long beside the
+    original context, and blends in between (Llama 3.1's reference code; as in transformers).
+    """
+    exponents = torch.arange(0, head_dim, 2).float() / head_dim
+    frequencies = 1.0 / (rope.theta**exponents)
+    if rope.kind == "default":
+        return frequencies
+    stretched = frequencies / rope.factor
+    if rope.kind == "linear":
+        return stretched
+    periods = rope.original_len * frequencies / (2 * math.pi)
+    share = (periods - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    share = share.clamp(0, 1)
+    return (1 - share) * stretched + share * frequencies

@@ -1,0 +1,97 @@
+"""LLaVA: the vision tower, the projector, the decoder and its head, as one model.
+
+Knows tensors only: which rows of a prompt are pictures, and what is sampled, is the runtime's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from llava_engine.kernels.projector import project
+from llava_engine.models.clip import VisionTower
+from llava_engine.models.config import LlavaConfig
+from llava_engine.models.layers import ACTIVATIONS, Linear, Placement, Slot
+from llava_engine.models.llama import Batch, LlamaDecoder
+
+__all__ = ["Batch", "LlavaConfig", "LlavaModel"]
+
+
+class LlavaModel:
+    """The network of `config`, its weights uninitialised until models.weights fills them.
+
+    The caller turns gradients off (torch.inference_mode).
+    """
+
+    def __init__(self, config: LlavaConfig, *, device: torch.device, dtype: torch.dtype) -> None:
+        place = Placement(device, dtype)
+        text, layers = config.text, config.vision_feature_layers
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self._tower = VisionTower(config.vision, layers, place)
+        inputs, bias = config.vision.hidden_size * len(layers), config.projector_bias
+        self._projector1 = Linear(inputs, text.hidden_size, bias, place)
+        self._projector2 = Linear(text.hidden_size, text.hidden_size, bias, place)
+        self._decoder = LlamaDecoder(text, place)
+        self._head = (
+            self._decoder.embedding
+            if config.tie_word_embeddings
+            else place.empty(text.vocab_size, text.hidden_size)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(view.nbytes for _, view in self.slots())
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels [n, 3, side, side], in the model's dtype, to embedding rows
+        [n, image_tokens, hidden]."""
+        features = self._tower(pixels)
+        if self.config.drop_class_token:
+            features = features[:, 1:]
+        flat = features.reshape(-1, features.shape[-1])
+        first, second = self._projector1, self._projector2
+        if self.config.projector_hidden_act == "gelu":
+            rows = torch.empty(
+                len(flat), self.config.text.hidden_size, dtype=self.dtype, device=flat.device
+            )
+            project(rows, flat, first.weight, first.bias, second.weight, second.bias)
+        else:
+            rows = second(ACTIVATIONS[self.config.projector_hidden_act](first(flat)))
+        return rows.view(len(pixels), self.config.image_tokens, -1)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Vocabulary ids int64 [T] to embedding rows [T, hidden]."""
+        return self._decoder.embed(token_ids)
+
+    def forward(
+        self,
+        embeds: torch.Tensor,
+        batch: Batch,
+        k_caches: list[torch.Tensor],
+        v_caches: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """Embedding rows [T, hidden] to hidden rows [T, hidden], after the final norm.
+
+        k_caches, v_caches: one [num_blocks, kv_heads, block_size, head_dim] per layer; the batch's
+        keys and values are written to them.
+        """
+        return self._decoder(embeds, batch, k_caches, v_caches)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden rows [R, hidden] to float32 [R, vocab_size]."""
+        return F.linear(hidden, self._head).float()
+
+    def slots(self) -> Iterator[Slot]:
+        """Every tensor that a checkpoint must have, by its published name."""
+        hidden = self.config.text.hidden_size
+        yield from self._tower.slots()
+        yield from self._projector1.slots({"multi_modal_projector.linear_1": hidden})
+        yield from self._projector2.slots({"multi_modal_projector.linear_2": hidden})
+        yield from self._decoder.slots()
+        if not self.config.tie_word_embeddings:
+            yield "language_model.lm_head.weight", self._head

@@ -1,0 +1,232 @@
+"""Fills a model from a checkpoint directory in the Hugging Face layout, or with random numbers.
+
+safetensors only: nothing is unpickled. The files' headers are checked against the configuration
+before memory is taken; then one tensor at a time is read, converted and put in its place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llava_engine.errors import MemoryExhausted, WeightsError
+from llava_engine.models import clip
+from llava_engine.models.llava import LlavaConfig, LlavaModel
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_HEAD = "language_model.lm_head.weight"
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, the bytes that are done and the bytes in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor of a checkpoint: its name and shape there, and the open file that holds it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file_name: str
+    handle: Any  # safetensors.safe_open, which has no type annotations
+
+    @property
+    def nbytes(self) -> int:
+        count = _ITEM_BYTES[self.dtype]
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def load_model(
+    directory: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> LlavaModel:
+    """The model that `directory` holds, on `device` in `dtype`.
+
+    progress is called as ("load", bytes read, bytes in all). Raises ModelError or UnsupportedModel
+    for config.json, WeightsError for the weights and MemoryExhausted where they do not fit.
+    """
+    config = LlavaConfig.from_directory(directory)
+    with ExitStack() as files:
+        stored = _read_headers(directory, files)
+        if _HEAD in stored:
+            # As transformers does it: a head that is there counts, tied or not.
+            config = replace(config, tie_word_embeddings=False)
+        _check(config, stored)
+        model = _allocate(config, device, dtype)
+        slots = list(model.slots())
+        total = sum(stored[name].nbytes for name, _ in slots)
+        done = 0
+        if progress is not None:
+            progress("load", 0, total)
+        for name, view in sorted(slots, key=lambda slot: stored[slot[0]].file_name):
+            tensor = stored[name]
+            with _reading(tensor.file_name):
+                view.copy_(tensor.handle.get_tensor(tensor.name))
+            done += tensor.nbytes
+            if progress is not None:
+                progress("load", done, total)
+    return model
+
+
+def random_model(
+    config: LlavaConfig, *, device: torch.device, dtype: torch.dtype, seed: int
+) -> LlavaModel:
+    """A model of the true shape with random weights (standard deviation 0.02), for benchmarks."""
+    model = _allocate(config, device, dtype)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for name, view in model.slots():
+        if "norm" in name and name.endswith(".weight"):
+            view.fill_(1)
+        else:
+            view.normal_(0, 0.02, generator=generator)
+    return model
+
+
+def _allocate(config: LlavaConfig, device: torch.device, dtype: torch.dtype) -> LlavaModel:
+    try:
+        return LlavaModel(config, device=device, dtype=dtype)
+    except torch.OutOfMemoryError as error:
+        raise MemoryExhausted(f"the weights do not fit the memory of {device}") from error
+
+
+def _read_headers(directory: Path, files: ExitStack) -> dict[str, _Stored]:
+    """Every tensor of the checkpoint by its published name; `files` keeps the files open."""
+    stored: dict[str, _Stored] = {}
+    for file_name, listed in _shards(directory).items():
+        with _reading(file_name):
+            handle = files.enter_context(safe_open(directory / file_name, framework="pt"))
+            names = set(handle.keys())
+        absent = listed - names
+        if absent:
+            raise WeightsError(f"{file_name} lacks {_some(absent)}, which {_INDEX} puts there")
+        for name in sorted(names):
+            with _reading(file_name):
+                header = handle.get_slice(name)
+                shape, dtype = tuple(header.get_shape()), header.get_dtype()
+            published = published_name(name)
+            if published in stored:
+                raise WeightsError(f"tensor {name} is there twice")
+            stored[published] = _Stored(name, shape, dtype, file_name, handle)
+    return stored
+
+
+def _shards(directory: Path) -> dict[str, set[str]]:
+    """The checkpoint's files, each with the tensors that the index, if there is one, puts there."""
+    if (directory / _SINGLE).exists():
+        return {_SINGLE: set()}
+    try:
+        index = json.loads((directory / _INDEX).read_bytes())
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"the model's directory has neither {_SINGLE} nor {_INDEX}; other formats are not read"
+        ) from error
+    except OSError as error:
+        raise WeightsError(f"{_INDEX} cannot be read") from error
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{_INDEX} is not valid JSON") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{_INDEX} has no weight_map")
+    shards: dict[str, set[str]] = {}
+    for name, file_name in weight_map.items():
+        # A shard stands beside the index: a name that leads elsewhere is no shard of this model.
+        if not isinstance(file_name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file_name):
+            raise WeightsError(f"{_INDEX} puts {name} in {file_name!r}, which is no shard's name")
+        shards.setdefault(file_name, set()).add(name)
+    for file_name in shards:
+        if not (directory / file_name).is_file():
+            raise WeightsError(f"{file_name} is missing, which {_INDEX} names")
+    return dict(sorted(shards.items()))
+
+
+@contextmanager
+def _reading(file_name: str) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file_name} is corrupt, truncated or unreadable") from error
+
+
+_RENAMES = (
+    (re.compile(r"model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)"), ""),
+    (re.compile(r"lm_head\."), "language_model.lm_head."),
+    (re.compile(r"language_model\.(?!model\.|lm_head\.)"), "language_model.model."),
+    (re.compile(r"vision_tower\.(?!vision_model\.)"), "vision_tower.vision_model."),
+)
+
+
+def published_name(name: str) -> str:
+    """A tensor's name as in the published checkpoints, whichever way this one names it.
+
+    Published: language_model.model.*, language_model.lm_head, vision_tower.vision_model.*; newer
+    transformers: model.language_model.*, lm_head, model.vision_tower.*, or a mixture.
+    """
+    for pattern, replacement in _RENAMES:
+        match = pattern.match(name)
+        if match:
+            name = replacement + name[match.end() :]
+    return name
+
+
+def _check(config: LlavaConfig, stored: dict[str, _Stored]) -> None:
+    """Raise WeightsError unless `stored` is what the configuration promises."""
+    model = LlavaModel(config, device=torch.device("meta"), dtype=torch.float32)
+    wanted = {name: tuple(view.shape) for name, view in model.slots()}
+    missing = wanted.keys() - stored.keys()
+    if missing:
+        raise WeightsError(f"the checkpoint lacks {_some(missing)}")
+    for name, shape in wanted.items():
+        tensor = stored[name]
+        if tensor.shape != shape:
+            raise WeightsError(
+                f"tensor {tensor.name} has shape {list(tensor.shape)}; "
+                f"config.json asks for {list(shape)}"
+            )
+        if tensor.dtype not in _ITEM_BYTES:
+            raise WeightsError(
+                f"tensor {tensor.name} is of type {tensor.dtype}; read are {', '.join(_ITEM_BYTES)}"
+            )
+    unused = _unused(config)
+    surplus = [
+        stored[name].name for name in stored.keys() - wanted.keys() if not unused.fullmatch(name)
+    ]
+    if surplus:
+        raise WeightsError(f"config.json has no place for {_some(surplus)}")
+
+
+def _unused(config: LlavaConfig) -> re.Pattern[str]:
+    """Names of tensors that checkpoints hold and this engine has no use for."""
+    tower = re.escape(clip.PREFIX)
+    built = max(config.vision_feature_layers)
+    layers = "|".join(str(index) for index in range(built, config.vision.num_layers))
+    patterns = [
+        rf"{tower}\.embeddings\.position_ids",
+        rf"{tower}\.post_layernorm\.(weight|bias)",
+        r"language_model\.model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+    ]
+    if layers:
+        parts = r"(self_attn\.(q|k|v|out)_proj|layer_norm[12]|mlp\.fc[12])\.(weight|bias)"
+        patterns.append(rf"{tower}\.encoder\.layers\.({layers})\.{parts}")
+    return re.compile("|".join(patterns))
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *others = sorted(names)
+    if not others:
+        return f"tensor {first}"
+    return f"tensor {first} and {len(others)} more"
