@@ -48,8 +48,8 @@ def sample(
 def philox4x32(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """The ten-round Philox4x32 block.
 
-    counter: int64 [..., 4]; key: int64 [..., 2], broadcast to the counter's rows. Both hold words in
-    [0, 2**32), and so does the result, int64 [..., 4].
+    counter: int64 [..., 4]; key: int64 [..., 2], broadcast to the counter's rows. Both hold words
+    in [0, 2**32), and so does the result, int64 [..., 4].
     """
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key.unbind(-1)

@@ -59,7 +59,7 @@ class Linear:
         return F.linear(x, self.weight, self.bias)
 
     def slots(self, parts: dict[str, int]) -> Iterator[Slot]:
-        """The checkpoint's matrices that are stacked here; `parts`: their names and output sizes."""
+        """The checkpoint's matrices stacked here; `parts` has their names and output sizes."""
         start = 0
         for name, outputs in parts.items():
             yield f"{name}.weight", self.weight[start : start + outputs]
