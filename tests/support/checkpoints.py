@@ -65,13 +65,12 @@ def make_checkpoint(
     config = LlavaConfig(
         text_config=LlamaConfig(**text),
         vision_config=CLIPVisionConfig(**vision),
-        image_token_index=tokenizer.token_to_id("<image>"),
-        **config_overrides,
+        **{"image_token_index": tokenizer.token_to_id("<image>"), **config_overrides},
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config).eval()
-        _randomise(model)
+        _randomise(model, config.tie_word_embeddings)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -88,7 +87,7 @@ def make_checkpoint(
 
 
 @torch.no_grad()
-def _randomise(model: torch.nn.Module) -> None:
+def _randomise(model: torch.nn.Module, tied: bool) -> None:
     """Weights under which rows keep their size from layer to layer and logits differ clearly.
 
     transformers' own initialisation gives nearly equal logits at these sizes, so that the greedy
@@ -100,7 +99,7 @@ def _randomise(model: torch.nn.Module) -> None:
         elif parameter.ndim < 2:
             parameter.normal_(0, 0.2)
         elif "embed" in name and "patch" not in name:
-            parameter.normal_(0, 1)
+            parameter.normal_(0, 0.15 if tied else 1)  # a tied head would repeat its input
         else:
             gain = 3 if "lm_head" in name or "q_proj" in name else 1
             parameter.normal_(0, gain * parameter[0].numel() ** -0.5)
