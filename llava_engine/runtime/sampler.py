@@ -41,8 +41,10 @@ class Sampler:
     def _column(self, values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)
 
-    def _seen(self, sequences: list[Sequence]) -> torch.Tensor:
-        """bool [rows, vocab_size]: the tokens that a row's penalty applies to."""
+    def _seen(self, sequences: list[Sequence]) -> torch.Tensor | None:
+        """bool [rows, vocab_size]: the tokens that a row's penalty applies to; None without any."""
+        if all(sequence.sampling.repetition_penalty == 1.0 for sequence in sequences):
+            return None
         seen = torch.zeros(
             (len(sequences), self._vocab_size), dtype=torch.bool, device=self._device
         )
