@@ -91,19 +91,30 @@ def _sample_reference(
     position: torch.Tensor,
 ) -> None:
     if seen is not None and bool((repetition_penalty != 1).any()):
-        penalty = repetition_penalty.unsqueeze(1)
-        penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
-        logits = torch.where(seen, penalised, logits)
+        logits = penalised(logits, repetition_penalty, seen)
     out.copy_(logits.argmax(dim=-1))
     drawn = temperature > 0
-    if not bool(drawn.any()):
-        return
-    rows = drawn.nonzero().squeeze(1)
-    scores = logits[rows] / temperature[rows].unsqueeze(1)
-    scores = _keep_top_k(scores, top_k[rows])
-    scores = _keep_top_p(scores, top_p[rows])
-    noise = _gumbel(seed[rows], position[rows], scores.shape[1])
-    out[rows] = (scores + noise).argmax(dim=-1)
+    if bool(drawn.any()):
+        rows = drawn.nonzero().squeeze(1)
+        scores = candidates(logits[rows], temperature[rows], top_k[rows], top_p[rows])
+        noise = _gumbel(seed[rows], position[rows], scores.shape[1])
+        out[rows] = (scores + noise).argmax(dim=-1)
+
+
+def penalised(
+    logits: torch.Tensor, repetition_penalty: torch.Tensor, seen: torch.Tensor
+) -> torch.Tensor:
+    """Logits [R, V] with each row's penalty [R] on its seen tokens [R, V]."""
+    penalty = repetition_penalty.unsqueeze(1)
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def candidates(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> torch.Tensor:
+    """Scores [R, V], -inf where top-k and top-p drop a token; temperature, top_k, top_p: [R]."""
+    scores = _keep_top_k(logits / temperature.unsqueeze(1), top_k)
+    return _keep_top_p(scores, top_p)
 
 
 def _keep_top_k(scores: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,10 @@ from llava_engine.models.weights import load_model
 CPU = torch.device("cpu")
 NEW_TOKENS = 64
 
-# Between them they vary every field of the configuration.
+# Between them they vary every field of the configuration. The seeds are such that at every step the
+# two best logits of transformers lie 1e-3 apart, far more than the order of additions may change.
 CONFIGS: dict[str, dict[str, Any]] = {
-    "grouped-queries": {},
+    "grouped-queries": {"seed": 1},
     "full-last-layer": {
         "vision_feature_select_strategy": "full",
         "vision_feature_layer": -1,
@@ -56,13 +57,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_feature_layer": [-2, 0, -1],
         "vision_feature_select_strategy": "full",
     },
-    "first-hidden-state": {"vision_feature_layer": 0, "projector_hidden_act": "silu"},
+    "first-hidden-state": {"seed": 1, "vision_feature_layer": 0, "projector_hidden_act": "silu"},
     "activations": {
+        "seed": 2,
         "projector_hidden_act": "gelu_pytorch_tanh",
         "vision_config": {"hidden_act": "gelu"},
         "text_config": {"hidden_act": "gelu"},
     },
     "other-activations": {
+        "seed": 1,
         "projector_hidden_act": "quick_gelu",
         "vision_config": {"hidden_act": "relu"},
         "text_config": {"hidden_act": "gelu_new"},
@@ -152,7 +155,6 @@ def test_tokens_and_logits_equal_transformers(name: str, tmp_path: Path) -> None
         tmp_path,
         layout=("single", "sharded")[number % 2],
         naming=("published", "new")[number // 2 % 2],
-        seed=number,
         **CONFIGS[name],
     )
     oracle = load_transformers(tmp_path, torch.float32)
