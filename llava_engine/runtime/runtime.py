@@ -236,8 +236,8 @@ class DeviceRuntime:
         with self._lock:
             self._open = False
             callbacks = list(self._death_callbacks)
-        for sequence in self._scheduler.unfinished():
-            self._scheduler.fail(sequence, self._gone())
+        for sequence in self._scheduler.abandon():
+            sequence.sink.fail(self._gone())
         while True:
             try:
                 item = self._inbox.get_nowait()
@@ -250,7 +250,7 @@ class DeviceRuntime:
         del self._runner
         self._weights_bytes = 0
         self._features.clear()
-        self._blocks.resize(0)
+        self._blocks = BlockPool(0, self._blocks.block_size)
         self._cache.resize(0, {})
         self._release_cached_memory()
         if self._death is not None:

@@ -142,9 +142,15 @@ class Scheduler:
         ]
         heapq.heapify(self._deadlines)
 
-    def unfinished(self) -> list[Sequence]:
-        """Every sequence, running or waiting."""
-        return self.running + list(self._queued())
+    def abandon(self) -> list[Sequence]:
+        """Forget every sequence, running or waiting, and return them. Their blocks are not given
+        back: after a failure of unknown extent the pool may be no better than the rest."""
+        every = self.running + list(self._queued())
+        for sequence in every:
+            sequence.status = SequenceStatus.FINISHED
+            sequence.features.clear()
+        self.running, self._waiting, self._deadlines, self.num_waiting = [], [], [], 0
+        return every
 
     def make_room(self, num_blocks: int) -> None:
         """Preempt from the last in rank until the rest holds at most `num_blocks`."""
@@ -222,8 +228,8 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
 
     def _release(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
         self._pool.free(sequence.block_table)
+        self.running.remove(sequence)
         sequence.block_table = []
         sequence.computed = sequence.published = 0
         sequence.features.clear()

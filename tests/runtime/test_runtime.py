@@ -278,6 +278,12 @@ def test_sampled_tokens_depend_on_the_seed_alone(world: World, runtime: DeviceRu
     assert together[:4] == together[4:8] == together[12:]
     assert len({tuple(tokens) for tokens in together}) == 4
 
+    # So hot that the noise alone decides: it must be another at each position.
+    hot = Sink()
+    sampling = SamplingParams(temperature=1e6, ignore_eos=True)
+    runtime.submit(world.sequence(0, [50], 12, hot, sampling=sampling))
+    assert len(set(hot.wait())) > 6
+
 
 def test_one_broken_picture_fails_one_stream(world: World, runtime: DeviceRuntime) -> None:
     good = [Sink() for _ in range(4)]

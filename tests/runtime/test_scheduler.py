@@ -239,7 +239,7 @@ def test_random_aborts_leave_nothing_and_touch_nobody(seed: int) -> None:
     while advance(plan):
         pass
     assert pool.num_free == pool.num_blocks
-    assert plan.num_waiting == 0 and not plan.running and not plan.unfinished()
+    assert plan.num_waiting == 0 and not plan.running and not plan.abandon()
     for one, prompt in every:
         assert one.status is SequenceStatus.FINISHED
         told = sink(one)
