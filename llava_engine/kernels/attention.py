@@ -22,8 +22,8 @@ def paged_attention(
 
     out, q: [T, Hq, D], the sequences' rows one after the other; out is dense, q's first dimension
         may have any stride.
-    k_cache, v_cache: [num_blocks, Hkv, block_size, D], of q's dtype; Hq is a multiple of Hkv, and
-        query head h reads key head h // (Hq // Hkv).
+    k_cache, v_cache: [num_blocks, Hkv, block_size, D], of q's dtype and dense. Hq is a multiple of
+        Hkv; query head h reads key head h // (Hq // Hkv).
     block_table: int32 [S, max_blocks], the blocks of each sequence in order; what stands behind its
         last block is not read.
     query_start: int32 [S + 1]; sequence s owns rows query_start[s] to query_start[s + 1].
@@ -57,72 +57,64 @@ def _paged_attention_reference(
         elif length == 1:
             decoding.append(s)
         elif length > 1:
-            out[rows] = _prefill(q[rows], k_cache, v_cache, block_table[s], context, scale)
-    if len(decoding) == len(contexts) == q.shape[0]:
-        out.copy_(_decode(q, k_cache, v_cache, block_table, context_lens, max(contexts), scale))
-    elif decoding:
-        index = torch.tensor(decoding, device=q.device)
-        row = query_start[:-1].long()[index]
-        longest = max(contexts[s] for s in decoding)
-        out[row] = _decode(
-            q[row], k_cache, v_cache, block_table[index], context_lens[index], longest, scale
-        )
+            places = torch.arange(context, device=q.device).unsqueeze(0)
+            k, v = _gather(k_cache, v_cache, block_table[s : s + 1], places)
+            out[rows] = _prefill(q[rows], k, v, scale)
+    if not decoding:
+        return
+    context_lens = context_lens.long()
+    index = torch.tensor(decoding, device=q.device)
+    rows_of = query_start.long()[index]
+    block_table, context_lens = block_table[index], context_lens[index]
+    places = torch.arange(max(contexts[s] for s in decoding), device=q.device)
+    valid = places < context_lens.unsqueeze(1)
+    # Behind a sequence's end its first key stands in: masked all the same, but surely finite, which
+    # what was last in an unused slot may not be (0 * nan = nan).
+    k, v = _gather(k_cache, v_cache, block_table, places * valid)
+    out[rows_of] = _decode(q[rows_of], k, v, valid, scale)
 
 
-def _prefill(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    blocks: torch.Tensor,
-    context: int,
-    scale: float,
-) -> torch.Tensor:
-    """One sequence's chunk: q [n, Hq, D] over `context` keys; returns [n, Hq, D]."""
-    n, (_, kv_heads, block_size, dim) = q.shape[0], k_cache.shape
-    blocks = blocks[: -(-context // block_size)]
+def _gather(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, places: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [S, Hkv, n, D] at `places` [S, n] of the sequences of `block_table`."""
+    _, kv_heads, block_size, dim = k_cache.shape
+    blocks = block_table.long().gather(1, places // block_size).unsqueeze(1)
+    heads = torch.arange(kv_heads, device=places.device).unsqueeze(1)
+    # As rows of D, which copy faster than by a pair of indices around the heads.
+    rows = (blocks * kv_heads + heads) * block_size + (places % block_size).unsqueeze(1)
+    return F.embedding(rows, k_cache.view(-1, dim)), F.embedding(rows, v_cache.view(-1, dim))
 
-    def gather(cache: torch.Tensor) -> torch.Tensor:
-        rows = cache[blocks].transpose(0, 1).reshape(1, kv_heads, -1, dim)
-        return rows[:, :, :context]
 
+def _prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """One sequence's chunk: q [n, Hq, D] over k, v [1, Hkv, context, D]; returns [n, Hq, D]."""
+    n, context = len(q), k.shape[2]
     mask = None
     if context > n:
         mask = torch.ones(n, context, dtype=torch.bool, device=q.device).tril(context - n)
     attended = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0),
-        gather(k_cache),
-        gather(v_cache),
+        k,
+        v,
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
-        enable_gqa=q.shape[1] != kv_heads,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return attended.squeeze(0).transpose(0, 1)
 
 
 def _decode(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    context_lens: torch.Tensor,
-    longest: int,
-    scale: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """One new token per sequence: q [S, Hq, D]; returns [S, Hq, D]."""
-    (count, heads, dim), (_, kv_heads, block_size, _) = q.shape, k_cache.shape
-    places = torch.arange(longest, device=q.device)
-    valid = places < context_lens.unsqueeze(1)
-    # Behind a sequence's end its first key stands in: masked all the same, but surely finite, which
-    # what was last in an unused slot may not be (0 * nan = nan).
-    places = places * valid
-    blocks, offsets = block_table.gather(1, places // block_size), places % block_size
-    # With one query per head group there is nothing causal left: the group's heads are the queries.
+    """One new token per sequence: q [S, Hq, D] over k, v [S, Hkv, n, D] where `valid` [S, n]."""
+    (count, heads, dim), kv_heads = q.shape, k.shape[1]
+    # With one query per sequence nothing is causal: the heads of a group become its queries.
     attended = F.scaled_dot_product_attention(
         q.reshape(count, kv_heads, heads // kv_heads, dim),
-        k_cache[blocks, :, offsets].transpose(1, 2),
-        v_cache[blocks, :, offsets].transpose(1, 2),
-        attn_mask=valid[:, None, None, :],
+        k,
+        v,
+        attn_mask=valid[:, None, None, :] if count > 1 else None,
         scale=scale,
     )
     return attended.reshape(count, heads, dim)
