@@ -16,6 +16,12 @@ from llava_engine.errors import ModelError, UnsupportedModel
 from llava_engine.models.layers import ACTIVATIONS
 
 _FILE = "config.json"
+# Far above every real model, and low enough that no product of sizes overflows 64 bits.
+_MAX_SIZE = 1 << 20
+_MAX_LAYERS = 1 << 10
+_MAX_SIDE = 1 << 14
+_MAX_HEAD_DIM = 1 << 13
+_MAX_POSITIONS = 1 << 24
 # transformers' vision tower where config.json has no vision_config at all.
 _DEFAULT_VISION = {
     "hidden_size": 1024,
@@ -152,11 +158,11 @@ class _Section:
             raise self._wrong(key, "an object", value)
         return _Section(value, f"{self._prefix}{key}.")
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """An integer above 0."""
+    def count(self, key: str, default: int | None = None, limit: int = _MAX_SIZE) -> int:
+        """An integer from 1 to limit."""
         value = self._get(key, default)
-        if not _is_int(value) or value < 1:
-            raise self._wrong(key, "an integer above 0", value)
+        if not _is_int(value) or not 1 <= value <= limit:
+            raise self._wrong(key, f"an integer from 1 to {limit}", value)
         return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -245,7 +251,7 @@ def _vision(section: _Section) -> VisionConfig:
     vision = VisionConfig(
         hidden_size=section.count("hidden_size", 768),
         intermediate_size=section.count("intermediate_size", 3072),
-        num_layers=section.count("num_hidden_layers", 12),
+        num_layers=section.count("num_hidden_layers", 12, _MAX_LAYERS),
         num_heads=section.count("num_attention_heads", 12),
         image_size=_side(section, "image_size", 224),
         patch_size=_side(section, "patch_size", 32),
@@ -265,7 +271,7 @@ def _side(section: _Section, key: str, default: int) -> int:
     value = section.raw(key)
     if isinstance(value, list):
         raise UnsupportedModel(f"{section.where(key)}: only one number, the side of a square")
-    return section.count(key, default)
+    return section.count(key, default, _MAX_SIDE)
 
 
 def _text(section: _Section) -> TextConfig:
@@ -281,15 +287,15 @@ def _text(section: _Section) -> TextConfig:
         raise ModelError(
             f"{section.where('num_attention_heads')} must be a multiple of num_key_value_heads"
         )
-    head_dim = section.count("head_dim", hidden_size // num_heads)
+    head_dim = section.count("head_dim", hidden_size // num_heads, _MAX_HEAD_DIM)
     if head_dim % 2:
         raise ModelError(f"{section.where('head_dim')} must be even, not {head_dim}")
-    max_len = section.count("max_position_embeddings", 2048)
+    max_len = section.count("max_position_embeddings", 2048, _MAX_POSITIONS)
     return TextConfig(
         vocab_size=section.count("vocab_size", 32000),
         hidden_size=hidden_size,
         intermediate_size=section.count("intermediate_size", 11008),
-        num_layers=section.count("num_hidden_layers", 32),
+        num_layers=section.count("num_hidden_layers", 32, _MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -327,7 +333,7 @@ def _rope(text: _Section, max_len: int) -> RopeConfig:
         factor=factor,
         low_freq_factor=low,
         high_freq_factor=high,
-        original_len=scaling.count("original_max_position_embeddings", max_len),
+        original_len=scaling.count("original_max_position_embeddings", max_len, _MAX_POSITIONS),
     )
 
 

@@ -48,8 +48,9 @@ class LlamaDecoder:
         self.embedding = place.empty(config.vocab_size, config.hidden_size)
         self._layers = [_Layer(config, place) for _ in range(config.num_layers)]
         self._norm = place.empty(config.hidden_size)
-        table = cos_sin_table(config.rope, config.head_dim, config.max_position_embeddings)
-        self._cos_sin = table.to(place.device)
+        self._cos_sin = cos_sin_table(
+            config.rope, config.head_dim, config.max_position_embeddings, place.device
+        )
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids [T] to [T, hidden]."""
@@ -151,9 +152,12 @@ class _Layer:
         yield from self._down.slots({f"{mlp}.down_proj": hidden})
 
 
-def cos_sin_table(rope: RopeConfig, head_dim: int, length: int) -> torch.Tensor:
+def cos_sin_table(
+    rope: RopeConfig, head_dim: int, length: int, device: torch.device
+) -> torch.Tensor:
     """float32 [length, head_dim]: cosines, then sines, of position * frequency."""
-    angles = torch.arange(length).float().unsqueeze(1) * inverse_frequencies(rope, head_dim)
+    frequencies = inverse_frequencies(rope, head_dim).to(device)
+    angles = torch.arange(length, device=device).float().unsqueeze(1) * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 

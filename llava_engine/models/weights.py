@@ -100,8 +100,11 @@ def random_model(
 def _allocate(config: LlavaConfig, device: torch.device, dtype: torch.dtype) -> LlavaModel:
     try:
         return LlavaModel(config, device=device, dtype=dtype)
-    except torch.OutOfMemoryError as error:
-        raise MemoryExhausted(f"the weights do not fit the memory of {device}") from error
+    except RuntimeError as error:
+        # On the CPU torch says it with a plain RuntimeError.
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryExhausted(f"the weights do not fit the memory of {device}") from error
+        raise
 
 
 def _read_headers(directory: Path, files: ExitStack) -> dict[str, _Stored]:

@@ -124,7 +124,7 @@ def assert_as_transformers(directory: Path, config: dict[str, Any]) -> LlavaConf
     cos, sin = rotary(torch.zeros(1), torch.arange(50)[None])
     half = ours.text.head_dim // 2
     torch.testing.assert_close(
-        cos_sin_table(ours.text.rope, ours.text.head_dim, 50),
+        cos_sin_table(ours.text.rope, ours.text.head_dim, 50, torch.device("cpu")),
         torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1),
         rtol=1e-5,
         atol=1e-5,
@@ -214,6 +214,11 @@ def test_what_is_not_implemented_is_refused(
         (changed(text_hidden_size="4096"), "text_config.hidden_size"),
         (changed(text_hidden_size=True), "text_config.hidden_size"),
         (changed(text_hidden_size=0), "text_config.hidden_size"),
+        (changed(text_hidden_size=10**30), "text_config.hidden_size"),
+        (changed(text_num_hidden_layers=10**9), "text_config.num_hidden_layers"),
+        (changed(text_max_position_embeddings=10**9), "max_position_embeddings"),
+        (changed(vision_num_hidden_layers=10**9), "vision_config.num_hidden_layers"),
+        (changed(vision_image_size=10**6), "vision_config.image_size"),
         (changed(text_hidden_size=4100), "text_config.hidden_size"),
         (changed(text_num_key_value_heads=5), "num_key_value_heads"),
         (changed(text_head_dim=33), "head_dim"),

@@ -17,7 +17,7 @@ from support.checkpoints import make_checkpoint
 from support.paged import Prompt, greedy
 from transformers import LlavaForConditionalGeneration
 
-from llava_engine.errors import ModelError, WeightsError
+from llava_engine.errors import MemoryExhausted, ModelError, WeightsError
 from llava_engine.models.llava import LlavaConfig, LlavaModel
 from llava_engine.models.weights import load_model, random_model
 
@@ -274,6 +274,17 @@ def test_pickled_weights_are_not_read(single: Path) -> None:
 def test_no_config(single: Path) -> None:
     (single / "config.json").unlink()
     refused(single, "config.json", kind=ModelError)
+
+
+def test_weights_that_fit_no_memory(made: Path) -> None:
+    """The attention alone would take 2**56 bytes, more than an address space has."""
+    config = LlavaConfig.from_directory(made / "single")
+    size = 1 << 20
+    text = replace(
+        config.text, hidden_size=size, num_heads=size, num_kv_heads=size, head_dim=1 << 13
+    )
+    with pytest.raises(MemoryExhausted, match="do not fit the memory of cpu"):
+        random_model(replace(config, text=text), device=CPU, dtype=torch.float32, seed=0)
 
 
 def test_random_weights_have_the_configs_shapes_and_the_seeds_values(made: Path) -> None:
