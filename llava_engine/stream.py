@@ -33,17 +33,26 @@ class Channel:
     """The engine's end of a request. Implements runtime.sequence.TokenSink; all methods are
     thread-safe, return at once, and have no effect after the end."""
 
-    def __init__(self, stop: tuple[str, ...] = (), deadline: float | None = None) -> None:
+    def __init__(
+        self,
+        stop: tuple[str, ...] = (),
+        deadline: float | None = None,
+        on_end: Callable[[Channel], None] | None = None,
+    ) -> None:
+        """`on_end` is called once, from whichever thread ends the stream; it may run inside a
+        garbage collection, so it must take no lock."""
         self.stop = stop
         self.deadline = deadline
+        self.started = False
+        self.produced = 0
+        self._on_end = on_end
         self._born = time.monotonic()
         # The default RLock lets a garbage-collected stream cancel from within any of these calls.
         self._changed = threading.Condition()
         self._tokens: deque[int] = deque()
         self._waiters: list[Callable[[], None]] = []
-        self._on_cancel: Callable[[], None] | None = None
+        self._on_abort: Callable[[], None] | None = None
         self._detokenizer: Detokenizer | None = None
-        self._cancelled = False
         self._reason: FinishReason | None = None
         self._error: LlavaError | None = None
         self._prompt_tokens = self._image_tokens = self._cached_tokens = 0
@@ -52,12 +61,17 @@ class Channel:
     @property
     def cancelled(self) -> bool:
         """True once nobody wants further tokens, or the request has ended."""
-        return self._cancelled or self._reason is not None
+        return self._reason is not None
 
     @property
-    def abandoned(self) -> bool:
-        """True when the reader cancelled before the end."""
-        return self._cancelled
+    def reason(self) -> FinishReason | None:
+        """How the engine's end was closed; None while it is open."""
+        return self._reason
+
+    @property
+    def error(self) -> LlavaError | None:
+        """What the stream failed with."""
+        return self._error
 
     def bind(self, detokenizer: Detokenizer, prompt_tokens: int, image_tokens: int) -> None:
         """The prompt is built: how to make text of the answer, and what the prompt counts."""
@@ -70,24 +84,29 @@ class Channel:
         """Note that `stage` ("queued", "image") is over; see types.Timings."""
         self._times.setdefault(stage, time.monotonic() - self._born)
 
-    def on_cancel(self, callback: Callable[[], None]) -> None:
-        """Call `callback` when the reader cancels; at once if it already has."""
+    def on_abort(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the stream is ended by somebody else than the one who works on it
+        (the reader, the deadline, the pool); at once if it already has ended. It must take no lock,
+        since a garbage collection may run it."""
         with self._changed:
-            self._on_cancel = callback
-            late = self._cancelled
-        if late:
+            over = self._reason is not None
+            if not over:
+                self._on_abort = callback
+        if over:
             callback()
 
     def start(self, cached_tokens: int) -> None:
         """See TokenSink."""
         with self._changed:
             self._cached_tokens = cached_tokens
+            self.started = True
 
     def put(self, token_id: int) -> None:
         """See TokenSink."""
         with self._changed:
             if self._reason is None:
                 self.stamp("first_token")
+                self.produced += 1
                 self._tokens.append(token_id)
                 self._wake()
 
@@ -99,25 +118,31 @@ class Channel:
         """See TokenSink."""
         self._end(FinishReason.ERROR, error)
 
-    def cancel(self) -> None:
-        """The reader wants no more: end the stream here and tell the engine."""
-        with self._changed:
-            if self._cancelled or self._reason is not None:
-                return
-            self._cancelled = True
-            callback = self._on_cancel
-            self._end(FinishReason.CANCELLED, None)
-        if callback is not None:
-            callback()
+    def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        """The reader wants no more: end the stream here and tell whoever works on it."""
+        self._end(reason, None, abort=True)
 
-    def _end(self, reason: FinishReason, error: LlavaError | None) -> None:
+    def abort(self, error: LlavaError) -> None:
+        """End the stream with an error from outside, and tell whoever works on it."""
+        self._end(FinishReason.ERROR, error, abort=True)
+
+    def expire(self) -> None:
+        """Abort with RequestTimeout: the deadline has passed."""
+        self.abort(RequestTimeout("The request's deadline passed."))
+
+    def _end(self, reason: FinishReason, error: LlavaError | None, abort: bool = False) -> None:
         with self._changed:
-            if self._reason is None:
-                self._reason = reason
-                self._error = error
-                self.stamp("total")
-                self._on_cancel = None
-                self._wake()
+            if self._reason is not None:
+                return
+            self._reason = reason
+            self._error = error
+            self.stamp("total")
+            callback, self._on_abort = self._on_abort, None
+            self._wake()
+        if abort and callback is not None:
+            callback()
+        if self._on_end is not None:
+            self._on_end(self)
 
     def _wake(self) -> None:
         self._changed.notify_all()
@@ -133,14 +158,6 @@ class Channel:
             tokens = list(self._tokens)
             self._tokens.clear()
             return tokens, self._reason, self._error
-
-    def expire(self) -> None:
-        """The deadline has passed: end with RequestTimeout and tell the engine."""
-        with self._changed:
-            callback = self._on_cancel
-            self._end(FinishReason.ERROR, RequestTimeout("The request's deadline passed."))
-        if callback is not None:
-            callback()
 
     def _news(self) -> bool:
         return bool(self._tokens) or self._reason is not None
@@ -212,7 +229,7 @@ class ChunkStream:
     @property
     def finish_reason(self) -> FinishReason | None:
         """Why the stream ended; None until it was cancelled or its end was read."""
-        if self._finish_reason is None and self._channel.abandoned:
+        if self._finish_reason is None and self._channel.reason is FinishReason.CANCELLED:
             return FinishReason.CANCELLED
         return self._finish_reason
 
@@ -329,7 +346,7 @@ class ChunkStream:
                     text += self._stop.flush()
         if self._stop.found:
             self._finish_reason = FinishReason.STOP
-            self._channel.cancel()
+            self._channel.cancel(FinishReason.STOP)
         elif reason is not None:
             self._finish_reason = reason
             self._error = error
