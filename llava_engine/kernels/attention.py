@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from llava_engine.kernels._library import define
+from llava_engine.kernels.library import define
 
 
 def paged_attention(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llava_engine.kernels._library import define
+from llava_engine.kernels.library import define
 
 
 def rms_norm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from llava_engine.kernels._library import define
+from llava_engine.kernels.library import define
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
