@@ -130,6 +130,13 @@ class Channel:
         """Abort with RequestTimeout: the deadline has passed."""
         self.abort(RequestTimeout("The request's deadline passed."))
 
+    def overdue(self) -> bool:
+        """Whether the deadline has passed; then the stream has ended with RequestTimeout."""
+        if self.deadline is None or time.monotonic() < self.deadline:
+            return False
+        self.expire()
+        return True
+
     def _end(self, reason: FinishReason, error: LlavaError | None, abort: bool = False) -> None:
         with self._changed:
             if self._reason is not None:
@@ -152,8 +159,7 @@ class Channel:
 
     def take(self) -> tuple[list[int], FinishReason | None, LlavaError | None]:
         """The tokens that arrived since the last call, and how the stream ended if it has."""
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            self.expire()
+        self.overdue()
         with self._changed:
             tokens = list(self._tokens)
             self._tokens.clear()
