@@ -1,0 +1,373 @@
+"""A URL to the bytes of a picture, under the rules of a hostile internet.
+
+Every name is resolved once a hop, every address it has is judged, and the connection goes to one of
+the addresses that were judged: a second answer from DNS changes nothing. httpx.URL is the only URL
+parser; environment variables (proxies, certificates) are not read. Decodes nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import queue
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import httpcore
+import httpx
+
+from llava_engine.errors import (
+    BlockedAddress,
+    FetchFailed,
+    FetchTimeout,
+    ImageDecodeError,
+    ImageError,
+    ImageTooLarge,
+)
+from llava_engine.image.header import FORMATS, MAGIC_BYTES, sniff
+
+Resolver: TypeAlias = Callable[[str, int], Sequence[str]]
+"""From host name and port to addresses; raises OSError."""
+
+MAX_REDIRECTS = 5
+_MAX_ADDRESSES = 8  # of one name that are tried
+_MAX_LOOKUPS = 16  # at once; one that outlives its fetch holds a thread until DNS gives up
+_MAX_CONNECTIONS = 32
+_KEEPALIVE = 5.0  # seconds
+_REDIRECTS = (301, 302, 303, 307, 308)
+_RETRYABLE_STATUS = (408, 425, 429)
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # leaves out ::/96, fec0::/10, 64:ff9b:1::/48
+# Special-purpose blocks that Python 3.11's is_global lets pass.
+_SPECIAL = [
+    ipaddress.ip_network(block)
+    for block in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20")
+]
+
+
+def check_url(url: object) -> None:
+    """Refuse what can be no URL. Raises TypeError or ValueError; does no I/O."""
+    if not isinstance(url, str):
+        raise TypeError(f"url must be a str, not {type(url).__name__}")
+    if not url:
+        raise ValueError("url must not be empty")
+
+
+def is_public(address: str) -> bool:
+    """Whether an address may be reached; the IPv4 address inside an IPv6 one is judged itself."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if inner is None and ip in _NAT64:
+            inner = ipaddress.IPv4Address(ip.packed[-4:])
+        if inner is not None:
+            return is_public(str(inner))
+        if ip not in _GLOBAL_UNICAST:
+            return False
+    special = any(ip.version == block.version and ip in block for block in _SPECIAL)
+    return ip.is_global and not ip.is_multicast and not special
+
+
+class Fetcher:
+    """Fetches pictures, keeps connections open between fetches; safe to share between threads.
+
+    max_bytes: of one body. timeout: seconds for one fetch, with DNS, redirects and body.
+    allow_hosts: host names or addresses, as they stand in URLs, that may be reached although their
+        addresses are not public.
+    resolver: for tests; the system's by default. ssl_context: for private certificate authorities.
+    budget: bytes that the bodies of all fetches in flight may hold together; 4 x max_bytes by
+        default. A fetch that does not fit waits, within its deadline.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_bytes: int,
+        timeout: float,
+        allow_hosts: Iterable[str] = (),
+        resolver: Resolver | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        budget: int | None = None,
+    ) -> None:
+        if budget is not None and budget < max_bytes:
+            raise ValueError(f"budget ({budget}) must not be below max_bytes ({max_bytes})")
+        self._max_bytes = max_bytes
+        self._timeout = timeout
+        self._budget = _Budget(budget or 4 * max_bytes)
+        self._backend = _CheckedBackend(resolver or _system_resolver, allow_hosts)
+        self._pool = httpcore.ConnectionPool(
+            ssl_context=ssl_context or httpx.create_ssl_context(trust_env=False),
+            max_connections=_MAX_CONNECTIONS,
+            keepalive_expiry=_KEEPALIVE,
+            network_backend=self._backend,
+        )
+
+    def fetch(self, url: str, deadline: float | None = None) -> bytes:
+        """The body that a URL leads to, which begins as a picture does.
+
+        deadline: in `time.monotonic()` seconds, where it is nearer than the timeout.
+        Raises BlockedAddress, FetchFailed, FetchTimeout, ImageTooLarge, or ImageDecodeError when
+        the first bytes, whatever the headers say, are of no supported format.
+        """
+        check_url(url)
+        limit = time.monotonic() + self._timeout
+        self._backend.deadline = limit if deadline is None else min(deadline, limit)
+        try:
+            return self._follow(url)
+        except ImageError:
+            raise
+        except httpcore.TimeoutException as error:
+            raise FetchTimeout("the picture did not arrive in time") from error
+        except httpcore.ConnectError as error:
+            raise FetchFailed("the server cannot be reached, or its certificate fails") from error
+        except Exception as error:
+            raise FetchFailed("the connection to the server failed") from error
+
+    def close(self) -> None:
+        """Close the kept connections; fetches in flight fail."""
+        self._pool.close()
+
+    def _follow(self, given: str) -> bytes:
+        url = _parse(given, None)
+        for _ in range(1 + MAX_REDIRECTS):
+            answer = self._get(url)
+            if isinstance(answer, bytes):
+                return answer
+            url = answer
+        raise _failed(f"more than {MAX_REDIRECTS} redirects", retryable=False)
+
+    def _get(self, url: httpx.URL) -> bytes | httpx.URL:
+        """One hop: the body, or where the server sends us."""
+        remaining = self._backend.remaining()
+        with self._pool.stream(
+            "GET",
+            httpcore.URL(
+                scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
+            ),
+            headers=[
+                (b"Host", url.netloc),
+                (b"User-Agent", b"llava-engine"),
+                (b"Accept", b"image/*"),
+                (b"Accept-Encoding", b"identity"),
+            ],
+            # The backend bounds reads and writes by the deadline itself.
+            extensions={"timeout": {"connect": remaining, "pool": remaining}},
+        ) as response:
+            headers = {name.lower(): value for name, value in response.headers}
+            if response.status in _REDIRECTS:
+                return _redirect(url, headers.get(b"location", b""))
+            if response.status != 200:
+                status = response.status
+                raise _failed(
+                    f"the server answered {status}",
+                    retryable=status >= 500 or status in _RETRYABLE_STATUS,
+                )
+            for name, value in response.headers:
+                if name.lower() == b"content-encoding" and value.strip().lower() != b"identity":
+                    raise _failed("the server compressed its answer unasked", retryable=False)
+            return self._body(response, headers.get(b"content-length"))
+
+    def _body(self, response: httpcore.Response, announced: bytes | None) -> bytes:
+        size = self._max_bytes if announced is None else int(announced)
+        if size > self._max_bytes:
+            raise self._too_large()
+        self._budget.take(size, self._backend.remaining())
+        try:
+            body = bytearray()
+            for part in response.iter_stream():  # of at most 64 KiB
+                known = len(body) >= MAGIC_BYTES
+                body += part
+                if len(body) > self._max_bytes:
+                    raise self._too_large()
+                if not known and len(body) >= MAGIC_BYTES:
+                    _check_magic(body)
+            if len(body) < MAGIC_BYTES:
+                _check_magic(body)
+            return bytes(body)
+        finally:
+            self._budget.give(size)
+
+    def _too_large(self) -> ImageTooLarge:
+        return ImageTooLarge(f"the picture has more than the {self._max_bytes} bytes allowed")
+
+
+def _failed(message: str, *, retryable: bool) -> FetchFailed:
+    error = FetchFailed(message)
+    error.retryable = retryable
+    return error
+
+
+def _check_magic(body: bytearray) -> None:
+    if sniff(bytes(body[:MAGIC_BYTES])) is None:
+        raise ImageDecodeError(f"the URL gave no picture of a format in {', '.join(FORMATS)}")
+
+
+def _parse(text: str, base: httpx.URL | None) -> httpx.URL:
+    """A URL or a Location that may be followed. Raises BlockedAddress or FetchFailed."""
+    if "\\" in text:  # the character on which parsers disagree about where the host ends
+        raise BlockedAddress("the URL holds a backslash")
+    try:
+        url = httpx.URL(text) if base is None else base.join(text)
+        port = url.port
+    except (httpx.InvalidURL, ValueError, TypeError) as error:
+        raise _failed("the URL is not valid", retryable=False) from error
+    if url.scheme not in ("http", "https"):
+        raise BlockedAddress("only http and https URLs are fetched")
+    if url.userinfo or b"@" in url.netloc:
+        raise BlockedAddress("the URL holds credentials")
+    if base is not None and base.scheme == "https" and url.scheme == "http":
+        raise BlockedAddress("a redirect leads from https to http")
+    if not url.raw_host or (port is not None and not 0 < port < 1 << 16):
+        raise _failed("the URL is not valid", retryable=False)
+    return url
+
+
+def _redirect(url: httpx.URL, location: bytes) -> httpx.URL:
+    try:
+        text = location.decode()
+    except UnicodeDecodeError as error:
+        raise _failed("the server sent a broken redirect", retryable=False) from error
+    if not text:
+        raise _failed("the server sent a redirect to nowhere", retryable=False)
+    return _parse(text, url)
+
+
+class _Budget:
+    """Bytes that are shared out to the fetches in flight."""
+
+    def __init__(self, total: int) -> None:
+        self._free = total
+        self._changed = threading.Condition()
+
+    def take(self, size: int, timeout: float) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._free >= size, timeout):
+                raise FetchTimeout("other fetches hold the memory for pictures")
+            self._free -= size
+
+    def give(self, size: int) -> None:
+        with self._changed:
+            self._free += size
+            self._changed.notify_all()
+
+
+def _system_resolver(host: str, port: int) -> list[str]:
+    answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(address[0]) for *_, address in answers]
+
+
+class _CheckedBackend(httpcore.NetworkBackend):
+    """Connects to public addresses only, and lets no step outlast the calling thread's deadline.
+
+    httpcore does a request's I/O in the thread that asked for it, so the deadline is thread-local;
+    its own timeouts are per read, and a byte a second would never meet one.
+    """
+
+    def __init__(self, resolver: Resolver, allow_hosts: Iterable[str]) -> None:
+        self._resolver = resolver
+        self._allowed = frozenset(_plain(host) for host in allow_hosts)
+        self._local = threading.local()
+        self._lookups = threading.BoundedSemaphore(_MAX_LOOKUPS)
+        self._sockets = httpcore.SyncBackend()
+
+    @property
+    def deadline(self) -> float:
+        return float(self._local.deadline)
+
+    @deadline.setter
+    def deadline(self, value: float) -> None:
+        self._local.deadline = value
+
+    def remaining(self) -> float:
+        """Seconds left, above 0. Raises FetchTimeout."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise FetchTimeout("the picture did not arrive in time")
+        return left
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Any = None,
+    ) -> httpcore.NetworkStream:
+        addresses = list(dict.fromkeys(self._resolve(host, port)))
+        if not addresses:
+            raise FetchFailed("the host name has no address")
+        if _plain(host) not in self._allowed and not all(map(is_public, addresses)):
+            raise BlockedAddress("the URL leads to an address that is not public")
+        addresses = addresses[:_MAX_ADDRESSES]
+        for left in range(len(addresses), 0, -1):
+            address = addresses[-left]
+            try:
+                stream = self._sockets.connect_tcp(
+                    address, port, self.remaining() / left, socket_options=socket_options
+                )
+                return _DeadlineStream(stream, self)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+                if left == 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _resolve(self, host: str, port: int) -> Sequence[str]:
+        """Look a name up in a thread of its own, since getaddrinfo cannot be given a timeout."""
+        if not self._lookups.acquire(timeout=self.remaining()):
+            raise FetchTimeout("too many host names are being looked up")
+        answer: queue.SimpleQueue[Sequence[str] | Exception] = queue.SimpleQueue()
+
+        def look_up() -> None:
+            try:
+                answer.put(self._resolver(host, port))
+            except Exception as error:
+                answer.put(error)
+            finally:
+                self._lookups.release()
+
+        threading.Thread(target=look_up, name="llava-dns", daemon=True).start()
+        try:
+            result = answer.get(timeout=self.remaining())
+        except queue.Empty:
+            raise FetchTimeout("the host name was not found in time") from None
+        if isinstance(result, Exception):
+            raise FetchFailed("the host name is not known") from result
+        return result
+
+
+class _DeadlineStream(httpcore.NetworkStream):
+    """A stream whose every step takes at most what is left of the calling thread's deadline."""
+
+    def __init__(self, stream: httpcore.NetworkStream, backend: _CheckedBackend) -> None:
+        self._stream = stream
+        self._backend = backend
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, self._backend.remaining())
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, self._backend.remaining())
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore.NetworkStream:
+        remaining = self._backend.remaining()
+        stream = self._stream.start_tls(ssl_context, server_hostname, remaining)
+        return _DeadlineStream(stream, self._backend)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+def _plain(host: str) -> str:
+    return host.strip("[]").rstrip(".").lower()
