@@ -1,1 +1,1 @@
-"""How the demo checkpoint llava-tiny is made: scenes, questions, tokenizer, training, evaluation."""
+"""How the demo checkpoint llava-tiny is made: scenes, questions, training, evaluation."""

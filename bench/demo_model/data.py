@@ -1,6 +1,6 @@
-"""Turns scenes into training rows: one picture, then a branch of tokens for each question about it.
+"""Turns scenes into training rows: one picture, then a branch of tokens for each question.
 
-The branches share the picture's prefix, so a picture is encoded once however much is asked about it.
+The branches share the picture's prefix, so a picture is encoded once however much is asked.
 Rows are made in worker processes, in an order that depends on the seed alone.
 """
 
@@ -136,7 +136,7 @@ def _make_chunk(number: int) -> Rows:
 
 
 def stream_rows(tokenizer: Tokenizer, seed: int, count: int, workers: int) -> Iterator[Rows]:
-    """The first `count` rows of that seed, CHUNK at a time and in order, made by `workers` processes."""
+    """The first `count` rows of that seed, CHUNK at a time and in order, by `workers` processes."""
     context = multiprocessing.get_context("fork")
     with context.Pool(workers, _start_worker, (tokenizer.to_str(), seed)) as pool:
         yield from pool.imap(_make_chunk, range(count // CHUNK))

@@ -2,8 +2,8 @@
 
     python -m bench.demo_model.evaluate [--backend engine|transformers] [--json PATH]
 
-Closed questions count only when the whole answer is exact but for case and a last period; a description
-counts when it names every object with its colour and nothing else.
+Closed questions count only when the whole answer is exact but for case and a last period; a
+description counts when it names every object with its colour and nothing else.
 """
 
 from __future__ import annotations
@@ -174,9 +174,7 @@ def main() -> None:
     parser.add_argument("--model", help="default: the checkpoint in the package")
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--device", default="cpu", help="transformers: cpu or cuda")
-    parser.add_argument(
-        "--dtype", default="float32", help="transformers: float32, float16, bfloat16"
-    )
+    parser.add_argument("--dtype", default="float32", help="transformers: torch's name of it")
     parser.add_argument("--batch", type=int, default=256, help="transformers: questions at a time")
     parser.add_argument("--streams", type=int, default=64, help="engine: streams open at once")
     parser.add_argument("--json", type=Path, help="write the table and what it was measured on")

@@ -1,7 +1,7 @@
 """Asks about a scene in varied words; every question has exactly one right answer.
 
-Referents are unique, and what is left of, right of, above or below something is asked only where every
-other shape is either clearly there or clearly not. Knows nothing of pixels or tokens.
+Referents are unique, and what is left of, right of, above or below something is asked only where
+every other shape is either clearly there or clearly not. Knows nothing of pixels or tokens.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ DESCRIBE = (
     "What does the picture show?",
     "What does this image show?",
     "Tell me what you see.",
+    "What can you see?",
+    "What can you see in this picture?",
+    "Can you describe this image?",
+    "Describe what you see.",
+    "Describe the picture in one sentence.",
+    "Name all the shapes in the picture.",
 )
 
 
@@ -80,7 +86,7 @@ def named(answer: str) -> Counter[tuple[str, str]]:
 
 
 def names_everything(scene: Scene, answer: str) -> bool:
-    """Whether the answer names every object with its colour, each as often as it is there, and no other."""
+    """Whether the answer names every object with its colour, and nothing that is not there."""
     return named(answer) == Counter((s.colour, s.shape) for s in scene.shapes)
 
 
@@ -148,7 +154,7 @@ def _nouns(scene: Scene) -> tuple[str, ...]:
 
 
 def _references(scene: Scene, shape: Shape) -> dict[str, list[str]]:
-    """The unique ways to point at a shape, by what they give away: "both", "colour", "shape", "place"."""
+    """The unique ways to point at a shape, by what they give away (both is colour and shape)."""
     colours = Counter(s.colour for s in scene.shapes)
     kinds = Counter(s.shape for s in scene.shapes)
     pairs = Counter((s.colour, s.shape) for s in scene.shapes)

@@ -1,7 +1,7 @@
-"""Builds llava-tiny's tokenizer: a Llama-style BPE with byte fallback over the words the questions use.
+"""Builds llava-tiny's tokenizer: a Llama-style BPE with byte fallback over the questions' words.
 
-The vocabulary is learnt from the generator's own sentences, one word at a time, so no merge crosses a
-space. What is written in a picture is kept out of it and is spelt letter by letter.
+The vocabulary is learnt from the generator's own sentences, one word at a time, so no merge crosses
+a space. What is written in a picture is kept out of it and is spelt letter by letter.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 VOCAB_SIZE = 768
 PROMPT = "USER: <image>\n{query} ASSISTANT:"
 # Everyday words that the generator does not use, so that a stranger's question stays short.
-EXTRA = """the a an of and or to in on at is are was be it this that there here which what who where when
-why how can could would do does did you your me my we they he she one two three four five six seven eight
-nine ten word number text letter letters read say says show shows picture photo image scene background
-describe detail detailed short sentence briefly please tell name list all every each any many much more
-object objects thing things shape shapes color colour colors colours size big small large tiny left right
-above below under over top bottom middle center centre corner side next between near hello thanks yes no
-not with for from by as about""".split()
+EXTRA = """
+the a an of and or to in on at is are was be it this that there here which what who where when
+why how can could would do does did you your me my we they he she one two three four five six
+seven eight nine ten word number text letter letters read say says show shows picture photo
+image scene background describe detail detailed short sentence briefly please tell name list
+all every each any many much more object objects thing things shape shapes color colour colors
+colours size big small large tiny left right above below under over top bottom middle center
+centre corner side next between near hello thanks yes no not with for from by as about
+"""
 
 
 def corpus(seed: int, scenes: int) -> Iterator[str]:
-    """The words and marks of the generator's sentences, each by itself; words carry their space as ▁."""
-    for word in EXTRA:
+    """The words and marks of the generator's sentences, each by itself; ▁ is a word's space."""
+    for word in EXTRA.split():
         for form in (word, word.capitalize()):
             yield from ["▁" + form] * 20
     for index in range(scenes):

@@ -2,9 +2,9 @@
 
     python -m bench.demo_model.train --out llava_engine/demo/llava-tiny
 
-Each step encodes a picture once and learns all its answers at the same time: the questions are branches
-behind one picture prefix that cannot see each other. A second head, thrown away at the end, names what lies
-at each patch, which teaches the vision tower to see long before the answers could.
+Each step encodes a picture once and learns all its answers at the same time: the questions are
+branches behind one picture prefix that cannot see each other. A second head, thrown away at the
+end, names what lies at each patch: it teaches the vision tower long before the answers could.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def make_config(image_token: int) -> LlavaConfig:
 
 
 def initialise(model: LlavaForConditionalGeneration) -> None:
-    """Weights for a width of 192: the published initialisers assume a model twenty times as wide."""
+    """Weights for a width of 192: the published initialisers assume a far wider model."""
     depth = 2 * model.config.text_config.num_hidden_layers
     for name, weight in model.named_parameters():
         if weight.dim() < 2:
@@ -117,7 +117,7 @@ class Student(nn.Module):
         self.register_buffer("std", torch.tensor(STD)[:, None, None])
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states of the branches [n, BRANCH_TOKENS, WIDTH] and patch logits [n, patches, classes]."""
+        """Hidden states [n, BRANCH_TOKENS, WIDTH] and patch logits [n, patches, classes]."""
         core = self.model.model
         values = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         seen = core.vision_tower(values).last_hidden_state[:, 1:]
@@ -136,7 +136,7 @@ class Student(nn.Module):
 
 
 class Shelf:
-    """Rows on the device, filled by a thread while training reads the part that is already there."""
+    """Rows on the device, filled by a thread while training reads the part that is there."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.pixels = torch.empty((count, EDGE, EDGE, 3), dtype=torch.uint8, device=device)
@@ -185,7 +185,7 @@ def losses(
 
 @torch.no_grad()
 def exact_by_kind(student: Student, shelf: Shelf, autocast: torch.autocast) -> dict[str, float]:
-    """Share of the questions whose every token is the greedy one: what greedy decoding would answer."""
+    """Share of questions whose every token is the greedy one, as greedy decoding would answer."""
     right, asked = torch.zeros(len(KINDS)), torch.zeros(len(KINDS))
     for start in range(0, shelf.ready, 128):
         index = torch.arange(start, min(start + 128, shelf.ready), device=shelf.pixels.device)
@@ -223,11 +223,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=256, help="pictures in a step")
-    parser.add_argument("--pictures", type=int, default=400_000)
+    parser.add_argument("--pictures", type=int, default=256_000)
     parser.add_argument(
-        "--first", type=int, default=30_000, help="pictures drawn before the first step"
+        "--first", type=int, default=20_480, help="pictures drawn before the first step"
     )
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
@@ -305,7 +305,7 @@ def main() -> None:
         if step % 100 == 0 or step + 1 == args.steps:
             took = time.monotonic() - started
             shown = f"answer {answer_loss.item():.4f} patch {patch_loss.item():.4f}"
-            print(f"step {step} {shown} known {known} drawn {shelf.ready} {took:.0f} s", flush=True)
+            print(f"step {step} {shown} known {known} drawn {shelf.ready} {took:.1f} s", flush=True)
         if (step + 1) % args.validate == 0:
             validate(step + 1)
         if step + 1 == args.steps // 2:
