@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="transformers: questions at a time")
     parser.add_argument("--streams", type=int, default=64, help="engine: streams open at once")
     parser.add_argument("--json", type=Path, help="write the table and what it was measured on")
+    parser.add_argument("--commit", help="what to record where there is no git")
     parser.add_argument("--wrong", type=int, default=0, help="print so many of the wrong answers")
     args = parser.parse_args()
 
@@ -204,7 +205,7 @@ def main() -> None:
         record = {
             "what": "llava-tiny on scenes of a seed never trained on",
             "command": "python -m bench.demo_model.evaluate " + " ".join(sys.argv[1:]),
-            "commit": commit(),
+            "commit": args.commit or commit(),
             "backend": args.backend,
             "dtype": args.dtype if args.backend == "transformers" else "the engine's",
             "hardware": hardware(args.device),
