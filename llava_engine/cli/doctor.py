@@ -1,0 +1,144 @@
+"""`llava-engine doctor`: what this machine has for the engine, and what would speed it up."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import llava_engine
+from llava_engine.cli.listing import print_table, size
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """Print what is here, one line each, and the advice that follows from it."""
+    found = _findings()
+    if args.json:
+        print(json.dumps(found))
+        return
+    gpus = [
+        f"{gpu['name']}, {size(gpu['free_mb'])} of {size(gpu['total_mb'])} free"
+        for gpu in found["gpus"]
+    ]
+    cuda = found["cuda"] or "no (a CPU build of torch)"
+    kernels = "built" if found["kernels"] else "not built"
+    offline = ", offline (HF_HUB_OFFLINE)" if found["hub"]["offline"] else ""
+    rows = [
+        ("llava_engine", found["llava_engine"]),
+        ("python", found["python"]),
+        ("torch", str(found["torch"])),
+        ("cuda in torch", cuda),
+        ("gpus", "; ".join(gpus) or f"none ({found['nvml']})"),
+        ("compiled kernels", kernels),
+        (
+            "memory",
+            f"{size(found['memory']['free_mb'])} of {size(found['memory']['total_mb'])} free",
+        ),
+        ("hub", f"{found['hub']['endpoint']}{offline}"),
+        ("hub cache", found["hub"]["cache"]),
+        *((name, version or "not installed") for name, version in found["packages"].items()),
+    ]
+    print_table(rows)
+    for advice in found["advice"]:
+        print(f"- {advice}")
+
+
+def _findings() -> dict[str, Any]:
+    """What is here, as JSON; every probe that fails says so instead of ending the command."""
+    import importlib.metadata
+    import platform
+
+    import huggingface_hub.constants as hub
+    import torch
+
+    from llava_engine.pool.sizing import SystemProbe
+
+    packages: dict[str, str | None] = {}
+    for name in ("bitsandbytes", "flash-attn", "prometheus-client"):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+    gpus, nvml = _gpus()
+    memory = SystemProbe().host()
+    found: dict[str, Any] = {
+        "llava_engine": llava_engine.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cuda_available": torch.cuda.is_available(),
+        "gpus": gpus,
+        "nvml": nvml,
+        "kernels": _kernels_built(),
+        "memory": {"total_mb": memory.total_mb, "free_mb": memory.free_mb},
+        "packages": packages,
+        "hub": {
+            "endpoint": hub.ENDPOINT,
+            "cache": str(Path(hub.HF_HUB_CACHE)),
+            "offline": bool(hub.HF_HUB_OFFLINE),
+        },
+    }
+    return {**found, "advice": _advice(found)}
+
+
+def _gpus() -> tuple[list[dict[str, Any]], str]:
+    """The GPUs as NVML reports them, and NVML's own word on it."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception as error:  # NVMLError is made by the module that may be missing
+        return [], str(error)
+    try:
+        gpus = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            name = str(pynvml.nvmlDeviceGetName(handle))
+            gpus.append(
+                {"name": name, "total_mb": memory.total >> 20, "free_mb": memory.free >> 20}
+            )
+        return gpus, f"driver {pynvml.nvmlSystemGetDriverVersion()}"
+    except pynvml.NVMLError as error:
+        return [], str(error)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _kernels_built() -> bool:
+    import importlib
+    import pkgutil
+
+    import torch
+
+    from llava_engine import kernels
+    from llava_engine.errors import KernelsNotBuilt
+
+    for module in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"{kernels.__name__}.{module.name}")
+    try:
+        kernels.library.require_kernels(torch.device("cuda"))
+    except KernelsNotBuilt:
+        return False
+    return True
+
+
+def _advice(found: dict[str, Any]) -> list[str]:
+    """What would make this machine faster, or larger models fit."""
+    advice = []
+    if not found["gpus"]:
+        advice.append("No GPU was found: models run on the CPU, which suits llava-tiny only.")
+    elif not found["cuda_available"]:
+        advice.append("There is a GPU, but torch cannot use it: install a CUDA build of torch.")
+    elif not found["kernels"]:
+        advice.append("Build the CUDA kernels: install the package from source where nvcc is.")
+    if found["gpus"] and not found["packages"]["bitsandbytes"]:
+        advice.append("Install llava-engine[quant] to run larger models in 4 or 8 bits.")
+    if found["gpus"] and not found["packages"]["flash-attn"]:
+        advice.append("Install llava-engine[flash] for faster attention over long prompts.")
+    if not found["packages"]["prometheus-client"]:
+        advice.append("Install llava-engine[metrics] to export the pool's figures.")
+    if found["hub"]["offline"]:
+        advice.append("HF_HUB_OFFLINE is set: only models that are here already can be used.")
+    return advice
