@@ -1,4 +1,4 @@
-"""The three tokenizers that the tests of this folder share."""
+"""The tokenizers that the tests of this folder share: three made here, and the demo's own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from support.tokenizers import make_byte_level_tokenizer, make_tokenizer
 
+from llava_engine.demo import model_dir
 from llava_engine.text.tokenizer import Tokenizer
 
-LAYOUTS = ("prepend", "metaspace", "byte-level")
+MADE = ("prepend", "metaspace", "byte-level")
+LAYOUTS = (*MADE, "llava-tiny")
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +22,9 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make_tokenizer(root / "prepend")
     make_tokenizer(root / "metaspace", metaspace=True)
     make_byte_level_tokenizer(root / "byte-level")
-    for layout in LAYOUTS:
+    for layout in MADE:
         (root / layout / "config.json").write_text(json.dumps({"model_type": "llava"}))
-    return {layout: root / layout for layout in LAYOUTS}
+    return {**{layout: root / layout for layout in MADE}, "llava-tiny": model_dir()}
 
 
 @pytest.fixture(scope="session", params=LAYOUTS)
