@@ -1,0 +1,212 @@
+"""A model on a device, as the pool's workers use it: from a request to a sequence of the runtime.
+
+The only file of pool/ that knows the runtime, the models, and what a request's preparation takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llava_engine.config import EngineConfig
+from llava_engine.errors import (
+    KernelsNotBuilt,
+    MemoryExhausted,
+    ModelError,
+    UnsupportedModel,
+)
+from llava_engine.hub import resolve
+from llava_engine.image.fetch import Fetcher
+from llava_engine.image.load import load_image
+from llava_engine.image.preprocess import ImageProcessorConfig, picture_key, preprocess
+from llava_engine.kernels.library import require_kernels
+from llava_engine.models.weights import load_model
+from llava_engine.pool.request import Request
+from llava_engine.pool.sizing import HOST, DeviceMemory, kv_share_mb
+from llava_engine.registry import ModelInfo
+from llava_engine.runtime.runtime import DeviceRuntime
+from llava_engine.runtime.sequence import Picture, Sequence
+from llava_engine.text.detokenizer import Detokenizer
+from llava_engine.text.prompt import build_prompt, check_length
+from llava_engine.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+
+class ModelBackend:
+    """A checkpoint directory on a device: runtime, tokenizer, image processor, fetcher."""
+
+    def __init__(
+        self,
+        directory: Path,
+        info: ModelInfo,
+        config: EngineConfig,
+        device: str,
+        kv_mb: int,
+        progress: Progress | None = None,
+    ) -> None:
+        """Raises ModelError or MemoryExhausted."""
+        self._info = info
+        self._config = config
+        self._kv_bytes = kv_mb << 20
+        self._device = torch.device(device)
+        if config.kernels == "auto":
+            require_kernels(self._device)
+        self._baseline = self._reserved()
+        self._tokenizer = Tokenizer.from_directory(directory)
+        self._processor = ImageProcessorConfig.from_directory(directory)
+        model = load_model(
+            directory, device=self._device, dtype=_dtype(config, device), progress=progress
+        )
+        self._model_config = model.config
+        side = model.config.vision.image_size
+        if self._processor.output_size != (side, side):
+            raise UnsupportedModel(
+                f"The image processor makes pictures of {self._processor.output_size}, the vision "
+                f"tower takes {(side, side)}."
+            )
+        self._fetcher = Fetcher(
+            max_bytes=config.max_image_bytes,
+            timeout=config.fetch_timeout,
+            allow_hosts=config.allow_hosts,
+        )
+        self._runtime = DeviceRuntime(model, device=self._device, config=config)
+
+    def add_worker(self, name: str) -> None:
+        """Grow the KV cache by a worker's share.
+
+        Where that is an estimate, the cache gets room for one full context at least, if it fits.
+        """
+        share = self._kv_bytes
+        if self._config.kv_cache_mb is None and not self._runtime.num_blocks:
+            blocks = -(-self._runtime.max_model_len // self._config.block_size)
+            share = max(share, blocks * self._runtime.kv_block_bytes)
+        try:
+            self._runtime.add_worker(name, share)
+        except MemoryExhausted:
+            if share == self._kv_bytes:
+                raise
+            logger.info("There is no room for the KV cache of a full context.")
+            self._runtime.add_worker(name, self._kv_bytes)
+
+    def remove_worker(self, name: str) -> None:
+        """Shrink the KV cache again."""
+        self._runtime.remove_worker(name)
+
+    def memory_mb(self) -> int:
+        """What torch's allocator holds since before the load, at least the runtime's own count."""
+        held = max(self._runtime.memory_bytes(), self._reserved() - self._baseline)
+        return -(-held // (1 << 20))
+
+    def on_death(self, callback: Callable[[BaseException], None]) -> None:
+        """See Backend."""
+        self._runtime.on_death(callback)
+
+    def close(self) -> None:
+        """See Backend."""
+        self._fetcher.close()
+        self._runtime.close()
+
+    def fetch(self, request: Request) -> bytes:
+        """See Backend."""
+        assert request.url is not None
+        check_length(request.query, self._runtime.max_model_len)
+        return self._fetcher.fetch(request.url, request.channel.deadline)
+
+    def start(self, request: Request, worker: str) -> None:
+        """See Backend."""
+        channel, config = request.channel, self._config
+        limit = self._runtime.max_model_len
+        check_length(request.query, limit)
+        image = load_image(
+            request.image, max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels
+        )
+        request.image = None
+        pixels = preprocess(image, self._processor)
+        key = picture_key(image, self._processor)
+        channel.stamp("image")
+        prompt = build_prompt(
+            self._tokenizer,
+            self._info.prompt_template,
+            request.query,
+            self._model_config.image_token_id,
+            self._model_config.image_tokens,
+            key,
+        )
+        channel.bind(Detokenizer(self._tokenizer), len(prompt.token_ids), prompt.image_length)
+        channel.on_abort(self._runtime.wake)
+        sampling = request.sampling
+        self._runtime.submit(
+            Sequence(
+                prompt.token_ids,
+                (Picture(key, prompt.image_offset, prompt.image_length, pixels),),
+                sampling,
+                sampling.max_new_tokens or self._info.max_output_tokens,
+                self._tokenizer.eos_token_ids,
+                channel,
+                seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+                deadline=channel.deadline,
+                cache_salt=request.cache_salt.encode("utf-8", "surrogatepass"),
+                priority=request.priority,
+                worker=worker,
+            )
+        )
+
+    def _reserved(self) -> int:
+        if self._device.type != "cuda":
+            return 0
+        return torch.cuda.memory_reserved(self._device)
+
+
+def candidate_devices(
+    config: EngineConfig, gpus: list[DeviceMemory], host: DeviceMemory
+) -> list[DeviceMemory]:
+    """Where a model may run under `config.device`. Raises ModelError for a GPU that is not there.
+
+    "auto" takes the GPUs if the engine's kernels can run on them, else the host.
+    """
+    if config.device == "cpu":
+        return [host]
+    if config.device == "auto":
+        return gpus if gpus and _kernels_usable(config) else [host]
+    wanted = [gpu for gpu in gpus if config.device in ("cuda", gpu.name)]
+    if not wanted:
+        raise ModelError(
+            f"EngineConfig asks for device {config.device!r}; torch can use {len(gpus)} GPUs here."
+        )
+    return wanted
+
+
+def _kernels_usable(config: EngineConfig) -> bool:
+    if config.kernels == "reference":
+        return True
+    try:
+        require_kernels(torch.device("cuda"))
+    except KernelsNotBuilt as error:
+        logger.info("There is a GPU, but the model runs on the CPU: %s", error)
+        return False
+    return True
+
+
+def load_worker_model(
+    info: ModelInfo, config: EngineConfig, device: str, progress: Progress
+) -> ModelBackend:
+    """Find the checkpoint, downloading it if need be, and load it onto `device`.
+
+    progress: called as in models.weights. Raises ModelError or MemoryExhausted.
+    """
+    kv_mb = kv_share_mb(info, config, device)
+    return ModelBackend(resolve(info), info, config, device, kv_mb, progress)
+
+
+def _dtype(config: EngineConfig, device: str) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.float32 if device == HOST else torch.float16
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype

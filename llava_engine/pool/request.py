@@ -1,0 +1,78 @@
+"""A request on its way through the pool: what was asked, and the channel that answers.
+
+Knows nothing of models, threads or memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llava_engine.errors import (
+    LlavaError,
+    MemoryExhausted,
+    ModelError,
+    RequestFailed,
+)
+from llava_engine.stream import Channel
+from llava_engine.types import FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from llava_engine.pool.worker import Worker
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One call of describe_image or describe_url.
+
+    image: a picture as `image.load.load_image` takes it; None while a URL is to be fetched.
+    worker: who has it; None while the model has no worker.
+    """
+
+    registry_key: str
+    query: str
+    sampling: SamplingParams
+    channel: Channel
+    image: Any = None
+    url: str | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    worker: Worker | None = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it still stands in the queue: not admitted to a batch, and wanted."""
+        return not self.channel.started and not self.channel.cancelled
+
+    @property
+    def outcome(self) -> str:
+        """How it ended, in a word: a finish reason or the error's name."""
+        if self.channel.error is not None:
+            return type(self.channel.error).__name__
+        return str(self.channel.reason)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the model answered to the end, or to a stop string."""
+        return self.channel.reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+    @property
+    def model_failed(self) -> bool:
+        """Whether the error speaks against the model, rather than the picture or the load.
+
+        A worker's death and a failed spawn do too, but are counted once, not per request.
+        """
+        return isinstance(self.channel.error, RequestFailed | ModelError)
+
+
+def as_llava_error(error: Exception) -> LlavaError:
+    """What a request raises for an exception of its preparation."""
+    if isinstance(error, LlavaError):
+        return error
+    wrapped: LlavaError
+    if isinstance(error, MemoryError):
+        wrapped = MemoryExhausted("Memory ran out while this request was prepared.")
+    else:
+        wrapped = RequestFailed(f"The request could not be prepared: {type(error).__name__}.")
+    wrapped.__cause__ = error
+    return wrapped

@@ -1,0 +1,124 @@
+"""What the parts of one pool share: its models, the memory they hold, and the locks.
+
+Two locks: `planning` is held by the one spawn that measures memory and reserves it; `lock`, taken
+after it where both are, guards all other state and is held for microseconds. No channel, loader or
+engine is called under `lock`. What ends a stream may run inside a garbage collection, so a
+stream's end only puts its request on `ended`, which needs no lock.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+from llava_engine.config import PoolConfig
+from llava_engine.errors import ShuttingDown
+from llava_engine.pool.breaker import CircuitBreaker
+from llava_engine.pool.metrics import Metrics, stages
+from llava_engine.pool.model import Model, ModelSpec
+from llava_engine.pool.request import Request
+from llava_engine.pool.sizing import Ledger, MemoryProbe
+from llava_engine.pool.worker import WorkerState
+
+
+class PoolState:
+    """See the module; methods say whether the caller must hold `lock`.
+
+    ended: requests whose streams have ended; None wakes the maintenance thread.
+    closing: nothing new is taken; stopped: nothing is left to look after.
+    changed: notified when a request, a spawn or a worker has come to its end.
+    """
+
+    def __init__(self, config: PoolConfig, probe: MemoryProbe, clock: Callable[[], float]) -> None:
+        self.config = config
+        self.probe = probe
+        self.clock = clock
+        self.pid = os.getpid()
+        self.planning = threading.Lock()
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
+        self.models: dict[str, Model] = {}
+        self.ledger = Ledger()
+        self.ended: SimpleQueue[Request | None] = SimpleQueue()
+        self.metrics: list[Metrics] = []
+        self.spawn_threads: set[threading.Thread] = set()
+        self.probed = False
+        self.closing = False
+        self.stopped = False
+        self._chance = random.Random()
+
+    def add_model(self, spec: ModelSpec) -> Model:
+        """The model of the spec's key; the first spec stays. Under the lock."""
+        model = self.models.get(spec.registry_key)
+        if model is None:
+            breaker = CircuitBreaker(
+                failures=self.config.breaker_failures,
+                reset=self.config.breaker_reset,
+                successes=self.config.breaker_successes,
+                clock=self.clock,
+            )
+            model = self.models[spec.registry_key] = Model(spec, breaker)
+        return model
+
+    def assign(self, model: Model, request: Request) -> bool:
+        """Hand the request to a worker; False if the model has none. Under the lock."""
+        worker = model.pick(self._chance)
+        if worker is None:
+            return False
+        request.worker = worker
+        worker.active += 1
+        if worker.state is not WorkerState.PROCESSING:
+            worker.become(WorkerState.PROCESSING)
+        worker.put(request)
+        return True
+
+    def settle(self) -> None:
+        """Take note of every request that has ended. Under the lock."""
+        while True:
+            try:
+                request = self.ended.get_nowait()
+            except Empty:
+                return
+            self.settle_one(request)
+
+    def settle_one(self, request: Request | None) -> None:
+        """Take note of one request that has ended. Under the lock."""
+        model = self.models.get(request.registry_key) if request is not None else None
+        if request is None or model is None:
+            return
+        times = stages(request.channel)
+        model.outcomes[request.outcome] += 1
+        for metrics in self.metrics:
+            metrics.observe(request, times)
+        if request not in model.live:
+            return  # it was refused
+        del model.live[request]
+        request.image = None
+        worker, request.worker = request.worker, None
+        model.used_at = self.clock()
+        if worker is not None:
+            worker.active -= 1
+            if not worker.active and worker.state is WorkerState.PROCESSING:
+                worker.become(WorkerState.READY)
+                worker.idle_since = self.clock()
+        if request.succeeded:
+            model.breaker.success()
+            model.deaths = 0
+            model.latencies.append(times)
+        elif request.model_failed:
+            model.breaker.failure()
+        if not model.live:
+            self.changed.notify_all()
+
+    def drained(self) -> bool:
+        """Whether no request is left. Under the lock."""
+        self.settle()
+        return not any(model.live for model in self.models.values())
+
+
+def shutting_down() -> ShuttingDown:
+    """A new error for one stream."""
+    return ShuttingDown("The pool is shut down.")
