@@ -100,7 +100,8 @@ def load_image(source: Any, *, max_bytes: int, max_pixels: int) -> LoadedImage:
 
     max_bytes: of the encoded file. max_pixels: width x height, judged from the header; Pillow's
     MAX_IMAGE_PIXELS counts too where it is lower, and is never changed.
-    Needs at most 7 bytes of memory a pixel and twice the encoded bytes.
+    Needs about 7 bytes of memory a pixel (some 20 for WebP, whose decoder keeps canvases) and
+    twice the encoded bytes.
     Raises ImageTooLarge or ImageDecodeError.
     """
     limit = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
@@ -243,7 +244,7 @@ def _band_to_rgb(band: Image.Image) -> Pixels:
     if band.mode == "F":
         raise ImageDecodeError("pictures of floating-point pixels are not supported")
     if band.mode in _ALPHA_MODES or "transparency" in band.info:
-        band = band.convert("RGBA")
+        band = (band.convert("LA") if band.mode == "La" else band).convert("RGBA")
         white = Image.new("RGBA", band.size, "white")
         white.alpha_composite(band)
         band = white
