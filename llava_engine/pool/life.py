@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from llava_engine.errors import LlavaError, SpawnFailed, WorkerDied
+from llava_engine.errors import LlavaError, ModelError, SpawnFailed, WorkerDied
 from llava_engine.pool.model import Model, Site
 from llava_engine.pool.sizing import Placement
 from llava_engine.pool.spawn import Spawn
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_BACK_OFF = 0.1  # seconds
 _MAX_BACK_OFF = 30.0
+_GROW_AGAIN = 10.0
 
 
 class Life:
@@ -39,26 +40,36 @@ class Life:
         return Spawn(self._state, self, model, wanted, evict=evict)
 
     def spawn_ended(
-        self, model: Model, error: LlavaError | None, fresh: Callable[[], LlavaError]
+        self, model: Model, error: LlavaError | None, fresh: Callable[[], LlavaError], *, grow: bool
     ) -> None:
         """A spawn is over: the requests that wait go to the workers there are, or fail, each with
-        an error of its own (`fresh`)."""
+        an error of its own (`fresh`). A model that failed to `grow` goes on as it is."""
         state = self._state
         with state.lock:
             model.spawning = False
             state.settle()
             if error is None:
                 model.target = max(model.target, len(model.live_workers))
+            elif grow:
+                model.spawn_after = state.clock() + _GROW_AGAIN
             else:
-                model.deaths += 1
-                model.spawn_after = state.clock() + back_off(model.deaths)
-                if isinstance(error, SpawnFailed):
+                self._stumble(model)
+                if isinstance(error, SpawnFailed | ModelError):
                     model.breaker.failure()
             waiting = [request for request in model.live if request.worker is None]
             left = [request for request in waiting if not state.assign(model, request)]
+            for request in left:
+                # Out of the model's list: the breaker is to count the spawn, not each request.
+                del model.live[request]
+                request.image = None
             state.changed.notify_all()
         for request in left:
             request.channel.abort(fresh())
+
+    def _stumble(self, model: Model) -> None:
+        model.setbacks += 1
+        pause = min(_MAX_BACK_OFF, _FIRST_BACK_OFF * 2.0 ** min(model.setbacks - 1, 10))
+        model.spawn_after = self._state.clock() + pause
 
     def worker_loading(self, worker: Worker) -> Backend | None:
         """See Owner."""
@@ -82,6 +93,8 @@ class Life:
                 host_mb = state.ledger.host_mb(worker)
                 site = model.sites[worker.device] = Site(worker.device, backend, host_mb)
             site.workers.add(worker)
+            if site.dead:
+                worker.fail(WorkerDied("The model died while this worker joined it."))
             self._sites[worker] = site
             state.ledger.release(worker)
             state.ledger.measure(site, Placement(site.device, measured, site.host_mb))
@@ -112,8 +125,7 @@ class Life:
             lost = [request for request in model.live if request.worker is worker]
             if died:
                 model.breaker.failure()
-                model.deaths += 1
-                model.spawn_after = state.clock() + back_off(model.deaths)
+                self._stumble(model)
         if died:
             logger.warning("Worker %s died: %r", worker.name, cause)
         for request in lost:
@@ -147,11 +159,6 @@ class Life:
             elif measured is not None and site.workers:
                 placement = Placement(site.device, measured, site.host_mb)
                 self._state.ledger.measure(site, placement)
-
-
-def back_off(times: int) -> float:
-    """Seconds to wait after so many deaths or failed spawns in a row."""
-    return min(_MAX_BACK_OFF, _FIRST_BACK_OFF * 2.0 ** min(times - 1, 10))
 
 
 def _died(worker: Worker, cause: BaseException | None) -> WorkerDied:

@@ -61,8 +61,8 @@ class Model:
     workers: all that have a thread, those being spawned and evicted included.
     spawning: whether a spawn is under way; there is at most one.
     target: workers it should have: what it had before any died.
-    deaths: of workers and spawns, in a row. spawn_after: not before then does the pool spawn by
-        itself (a request that finds no worker does at any time).
+    setbacks: deaths of workers and failed spawns in a row.
+    spawn_after: not before then does the pool spawn unasked; a request without a worker may.
     """
 
     spec: ModelSpec
@@ -72,7 +72,7 @@ class Model:
     sites: dict[str, Site] = field(default_factory=dict)
     spawning: bool = False
     target: int = 0
-    deaths: int = 0
+    setbacks: int = 0
     spawn_after: float = 0.0
     used_at: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)

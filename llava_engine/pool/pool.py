@@ -9,7 +9,6 @@ import atexit
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -56,7 +55,6 @@ class WorkerPool:
         self._state = PoolState(config, probe if probe is not None else SystemProbe(), clock)
         self._life = Life(self._state)
         self._maintenance: threading.Thread | None = None
-        _open_pools.add(self)
 
     @property
     def config(self) -> PoolConfig:
@@ -87,6 +85,8 @@ class WorkerPool:
         spawn of the model is under way. What was given for a key first stays.
         """
         self._check_process()
+        if per_worker_mb <= 0:
+            raise ValueError(f"per_worker_mb must be above 0, not {per_worker_mb}")
         need = Need(per_worker_mb, per_worker_mb)
         spec = ModelSpec(
             registry_key, loader, lambda device: need, lambda gpus, host: gpus or [host]
@@ -223,7 +223,7 @@ class WorkerPool:
             maintaining.join(max(0.0, until - time.monotonic()))
         for published in metrics:
             published.close()
-        _open_pools.discard(self)
+        _running_pools.discard(self)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -298,6 +298,7 @@ class WorkerPool:
         with self._state.lock:
             if self._maintenance is None and not self._state.closing:
                 self._maintenance = maintenance.start(self._state, self._life)
+                _running_pools.add(self)
         spawn.start()
 
     def _check_process(self) -> None:
@@ -326,7 +327,9 @@ def _check_options(timeout: object, priority: object, cache_salt: object) -> Non
         raise TypeError(f"cache_salt must be a str, not {type(cache_salt).__name__}")
 
 
-_open_pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+_running_pools: set[WorkerPool] = set()
+"""Those that have threads, which must end before the interpreter does."""
+
 _own_lock = threading.Lock()
 _own: WorkerPool | None = None
 
@@ -348,7 +351,7 @@ def vision_pool(config: PoolConfig | None = None) -> WorkerPool:
 
 
 def _at_exit() -> None:
-    for pool in list(_open_pools):
+    for pool in list(_running_pools):
         pool.shutdown(min(pool.config.drain, _EXIT_DRAIN_S))
 
 

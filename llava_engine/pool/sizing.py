@@ -168,6 +168,7 @@ class SystemProbe:
     def __init__(self, nvml: Any = None, cgroup_root: Path = Path("/sys/fs/cgroup")) -> None:
         self._nvml = nvml
         self._cgroup_root = cgroup_root
+        self._warned = False
 
     def gpus(self) -> list[DeviceMemory]:
         """Per device NVML's figures, or the CUDA runtime's where NVML fails."""
@@ -201,7 +202,9 @@ class SystemProbe:
             finally:
                 nvml.nvmlShutdown()
         except Exception as error:  # NVMLError is made by the module that may be missing
-            logger.warning("NVML does not answer (%s); asking CUDA.", type(error).__name__)
+            if not self._warned:
+                self._warned = True
+                logger.warning("NVML does not answer (%s); asking CUDA.", type(error).__name__)
             return None
 
     def host(self) -> DeviceMemory:

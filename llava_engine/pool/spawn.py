@@ -72,12 +72,15 @@ class Spawn:
             self._state.spawn_threads.discard(threading.current_thread())
 
     def _end(self, error: LlavaError | None) -> None:
-        self._life.spawn_ended(self._model, error, lambda: _copy(error, self._key))
+        grow = not self._evict
+        self._life.spawn_ended(self._model, error, lambda: _copy(error, self._key), grow=grow)
         if error is None:
             self.done.set_result(None)
-        else:
-            logger.warning("No worker for %s: %s", self._key, error)
-            self.done.set_exception(error)
+            return
+        if not isinstance(error, ShuttingDown):
+            level = logging.INFO if grow else logging.WARNING
+            logger.log(level, "No worker for %s: %s", self._key, error)
+        self.done.set_exception(error)
 
     def _spawn(self) -> None:
         first: set[str] = {

@@ -106,7 +106,7 @@ class PoolState:
                 worker.idle_since = self.clock()
         if request.succeeded:
             model.breaker.success()
-            model.deaths = 0
+            model.setbacks = 0
             model.latencies.append(times)
         elif request.model_failed:
             model.breaker.failure()
