@@ -199,8 +199,8 @@ def main() -> None:
     print(f"{'kind':<24} {'right':>7} {'asked':>7} {'%':>7}")
     for name, line in summary.items():
         print(f"{name:<24} {line['right']:>7} {line['asked']:>7} {line['percent']:>7.2f}")
-    for line in table.wrong[: args.wrong]:
-        print("wrong:", line)
+    for miss in table.wrong[: args.wrong]:
+        print("wrong:", miss)
     if args.json:
         record = {
             "what": "llava-tiny on scenes of a seed never trained on",
