@@ -74,8 +74,9 @@ class Life:
     def worker_loading(self, worker: Worker) -> Backend | None:
         """See Owner."""
         with self._state.lock:
-            if worker.state is WorkerState.SPAWNING:
-                worker.become(WorkerState.LOADING)
+            if self._state.closing or worker.abandoned.is_set():
+                raise shutting_down()
+            worker.become(WorkerState.LOADING)
             site = self._state.models[worker.registry_key].sites.get(worker.device)
             return site.backend if site is not None and not site.dead else None
 

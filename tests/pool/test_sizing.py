@@ -141,9 +141,7 @@ def test_no_plan_exceeds_a_limit(
         for i, (total, percent) in enumerate(machine)
     ]
     host = DeviceMemory("cpu", host_total, host_total)
-    held = {
-        device.name: Held(mb, mb) for device, mb in zip([*gpus, host], holding, strict=False)
-    }
+    held = {device.name: Held(mb, mb) for device, mb in zip([*gpus, host], holding, strict=False)}
     need = Need(first, min(first, share), host_mb)
     plan = plan_workers(need, gpus or [host], host, held, fraction=0.8, wanted=wanted)
     assert plan.available_mb >= 0 and len(plan.placements) <= wanted

@@ -1,0 +1,413 @@
+"""Admission, routing, deadlines, failures, eviction, shutdown: a pool over backends of the test."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+
+import prometheus_client
+import pytest
+from support.pool_fakes import (
+    PICTURE,
+    Clock,
+    FakeModel,
+    FakeProbe,
+    error_of,
+    make_pool,
+    model_of,
+    wait_for,
+)
+
+from llava_engine import WorkerPool
+from llava_engine.errors import (
+    CircuitOpen,
+    FetchTimeout,
+    ImageDecodeError,
+    MemoryExhausted,
+    PoolOverloaded,
+    RequestFailed,
+    RequestTimeout,
+    ShuttingDown,
+    WorkerDied,
+)
+
+
+def ask(pool: WorkerPool, **options: object):
+    return pool.describe_image("fake", PICTURE, "What?", **options)
+
+
+def warm(model: FakeModel, clock: Clock | None = None, **config: object) -> WorkerPool:
+    """A pool whose workers are up; held backends come up empty."""
+    pool = make_pool(FakeProbe(), clock, **config)
+    pool.add_model(model.spec(following=10))
+    hold, model.options["hold"] = model.options.get("hold", False), False
+    assert ask(pool).text() == "7"
+    model.backend.hold = hold
+    model.options["hold"] = hold
+    wait_for(pool, lambda: not model_of(pool).live)
+    return pool
+
+
+def test_a_full_queue_refuses_at_once_and_before_any_fetch() -> None:
+    model = FakeModel(hold=True)
+    with warm(model, max_queue=256) as pool:
+        streams = [ask(pool) for _ in range(256)]
+        began = time.perf_counter()
+        stream = pool.describe_url("fake", "http://example.com/x.png", "What?")
+        with pytest.raises(PoolOverloaded) as raised:
+            stream.text()
+        assert time.perf_counter() - began < 0.005  # the issue names this bound
+        assert 0 < raised.value.retry_after <= 60
+        assert model.backend.fetches == 0
+        model.backend.await_held(256)
+        streams[0].cancel()
+        admitted = ask(pool)
+        model.backend.await_held(1)
+        model.backend.release()
+        assert admitted.text() == "7"
+        assert [stream.text() for stream in streams[1:]] == ["7"] * 255
+
+
+def test_running_requests_do_not_fill_the_queue() -> None:
+    model = FakeModel(hold=True)
+    with warm(model, max_queue=1) as pool:
+        first = ask(pool)
+        model.backend.await_held(1)
+        assert isinstance(error_of(ask(pool)), PoolOverloaded)
+        model.backend.held[0][0].channel.start(0)  # a batch has admitted it
+        second = ask(pool)
+        model.backend.await_held(1)
+        model.backend.release()
+        assert first.text() == second.text() == "7"
+
+
+def test_requests_go_to_the_less_loaded_of_two() -> None:
+    model = FakeModel(hold=True)
+    with warm(model) as pool:
+        streams = [ask(pool) for _ in range(20)]
+        model.backend.await_held(20)
+        assert [worker.active for worker in model_of(pool).workers] == [10, 10]
+        workers = {id(request.channel): worker for request, worker in model.backend.held}
+        for stream in streams:
+            if workers[id(stream._channel)] == "fake#1":
+                stream.cancel()
+        model.backend.held.clear()
+        more = [ask(pool) for _ in range(10)]
+        model.backend.await_held(10)
+        assert {worker for _, worker in model.backend.held} == {"fake#1"}
+        for stream in (*streams, *more):
+            stream.cancel()
+
+
+def test_slow_urls_delay_no_picture() -> None:
+    model = FakeModel()
+    with warm(model) as pool:
+        backend = model.backend
+        backend.fetch_gate.clear()
+        slow = [pool.describe_url("fake", f"http://x.example/{i}", "What?") for i in range(8)]
+        for _ in slow:
+            assert backend.fetching.acquire(timeout=20)
+        assert ask(pool).text() == "7"
+        backend.fetch_gate.set()
+        assert [stream.text() for stream in slow] == ["7"] * 8
+        assert all(stream.timings.queued is not None for stream in slow)
+
+
+def test_a_deadline_that_passes_in_a_fetch_is_the_requests() -> None:
+    model = FakeModel()
+    with warm(model) as pool:
+        model.backend.fetch_gate.clear()
+        stream = pool.describe_url("fake", "http://x.example/", "What?", timeout=0.05)
+        with pytest.raises(RequestTimeout):
+            stream.text()
+        model.backend.fetch_gate.set()
+
+        def late(request):
+            wait_until = request.channel.deadline
+            while time.monotonic() < wait_until:
+                pass
+            return FetchTimeout("the picture did not arrive in time")
+
+        model.backend.error = late
+        with pytest.raises(RequestTimeout):
+            ask(pool, timeout=0.02).text()
+
+
+def test_a_stream_that_nobody_reads_still_ends_at_its_deadline() -> None:
+    model = FakeModel(hold=True)
+    with warm(model) as pool:
+        stream = ask(pool, timeout=0.01)
+        model.backend.await_held(1)
+        wait_for(pool, lambda: not model_of(pool).live)  # the maintenance thread has seen to it
+        assert isinstance(error_of(stream), RequestTimeout)
+
+
+def test_the_default_timeout_is_the_pools() -> None:
+    with warm(FakeModel(hold=True), default_timeout=20.0) as pool:
+        stream = ask(pool)
+        assert stream._channel.deadline == pytest.approx(time.monotonic() + 20, abs=5)
+        stream.cancel()
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (ImageDecodeError("broken"), ImageDecodeError),
+        (MemoryError(), MemoryExhausted),
+        (ZeroDivisionError("bug"), RequestFailed),
+    ],
+)
+def test_a_failed_preparation_fails_its_request_alone(raised: Exception, seen: type) -> None:
+    model = FakeModel()
+    with warm(model) as pool:
+        model.backend.error = lambda request: raised if request.query == "bad" else None
+        bad = pool.describe_image("fake", PICTURE, "bad")
+        good = ask(pool)
+        error = error_of(bad)
+        assert type(error) is seen and (error is raised or error.__cause__ is raised)
+        assert good.text() == "7"
+
+
+def test_bad_pictures_do_not_open_the_circuit_but_model_failures_do() -> None:
+    clock, model = Clock(), FakeModel()
+    with warm(model, clock) as pool:
+        for kind in (ImageDecodeError, MemoryExhausted, ImageDecodeError):
+            model.backend.error = lambda request, kind=kind: kind("x")
+            for _ in range(3):
+                assert isinstance(error_of(ask(pool)), kind)
+        assert pool.health()["models"]["fake"]["breaker"] == "closed"
+        model.backend.error = lambda request: ZeroDivisionError()
+        for _ in range(5):
+            assert isinstance(error_of(ask(pool)), RequestFailed)
+        with pytest.raises(CircuitOpen) as raised:
+            ask(pool).text()
+        assert raised.value.retry_after == 60
+        clock.now += 60
+        model.backend.error = lambda request: None
+        model.backend.hold = True
+        trials = [ask(pool) for _ in range(5)]
+        model.backend.await_held(3)
+        model.backend.release()
+        ended = [error_of(stream) for stream in trials]
+        assert [type(error) for error in ended] == [type(None)] * 3 + [CircuitOpen] * 2
+        wait_for(pool, lambda: not model_of(pool).live)
+        assert pool.health()["models"]["fake"]["breaker"] == "closed"
+
+
+def test_a_loader_that_keeps_failing_opens_the_circuit() -> None:
+    with make_pool() as pool:
+        pool.add_model(FakeModel(*[OSError("x") for _ in range(9)]).spec())
+        kinds = [type(error_of(ask(pool))).__name__ for _ in range(7)]
+        assert kinds == ["SpawnFailed"] * 5 + ["CircuitOpen"] * 2
+
+
+def test_a_worker_that_dies_ends_its_own_streams_and_is_replaced() -> None:
+    clock, model = Clock(), FakeModel(hold=True, share=10)
+    with warm(model, clock) as pool:
+        streams = [ask(pool) for _ in range(16)]
+        model.backend.await_held(16)
+        victim = model_of(pool).workers[0]
+        cause = RuntimeError("killed")
+        began = time.perf_counter()
+        victim.fail(cause)
+        wait_for(pool, lambda: victim not in model_of(pool).workers)
+        model.backend.release()
+        errors = [error_of(stream) for stream in streams]
+        assert time.perf_counter() - began < 1  # the issue names this bound
+        dead = [error for error in errors if error is not None]
+        assert len(dead) == 8 and len({id(error) for error in dead}) == 8
+        assert all(type(error) is WorkerDied and error.__cause__ is cause for error in dead)
+        assert pool.total_memory_mb() == 10 and model.backend.workers == ["fake#2"]
+        pool.maintain()
+        assert len(model_of(pool).workers) == 1  # not before the back-off is over
+        clock.now += 0.1
+        pool.maintain()
+        wait_for(pool, lambda: len(model_of(pool).live_workers) == 2)
+        assert sorted(model.backend.workers) == ["fake#1", "fake#2"]
+
+
+def test_a_backend_that_dies_takes_all_its_workers_along() -> None:
+    model = FakeModel(hold=True, share=10)
+    with warm(model) as pool:
+        streams = [ask(pool) for _ in range(6)]
+        model.backend.await_held(6)
+        first = model.backend
+        first.die(RuntimeError("lost the device"))
+        assert all(isinstance(error_of(stream), WorkerDied) for stream in streams)
+        wait_for(pool, lambda: not model_of(pool).workers)
+        assert first.closed and pool.total_memory_mb() == 0
+        model.options["hold"] = False
+        assert ask(pool).text() == "7"  # a request does not wait for the back-off
+        assert len(model.loads) == 2 and model_of(pool).breaker.state == "closed"
+
+
+def test_idle_workers_are_evicted_down_to_the_minimum() -> None:
+    clock, model = Clock(), FakeModel(weights=100, share=10)
+    with warm(model, clock, min_workers=1) as pool:
+        assert pool.total_memory_mb() == 120
+        clock.now += 299
+        pool.maintain()
+        assert [str(w.state) for w in model_of(pool).workers] == ["ready", "ready"]
+        clock.now += 1
+        pool.maintain()
+        states = {str(w.state) for w in model_of(pool).workers}
+        assert states <= {"idle", "evicting"}
+        pool.maintain()
+        wait_for(pool, lambda: len(model_of(pool).workers) == 1)
+        assert pool.total_memory_mb() == 110
+        clock.now += 1000
+        pool.maintain()
+        pool.maintain()
+        assert pool.has_workers("fake") and not model.backend.closed
+        assert ask(pool).text() == "7"  # idle ones still answer
+
+
+def test_an_evicted_model_comes_back() -> None:
+    clock, model = Clock(), FakeModel(weights=100, share=10)
+    with warm(model, clock) as pool:
+        clock.now += 300
+        pool.maintain()
+        pool.maintain()
+        wait_for(pool, lambda: not model_of(pool).workers)
+        assert pool.total_memory_mb() == 0 and model.backend.closed
+        clock.now += 1000
+        pool.maintain()
+        assert not model_of(pool).spawning  # nobody asks for it
+        assert ask(pool).text() == "7"
+        assert pool.total_memory_mb() == 120 and len(model.loads) == 2
+
+
+def test_one_more_worker_when_all_are_busy_and_requests_wait() -> None:
+    clock, model = Clock(), FakeModel(hold=True, share=10)
+    with warm(model, clock, max_workers=3) as pool:
+        first = ask(pool)
+        model.backend.await_held(1)
+        pool.maintain()
+        assert not model_of(pool).spawning  # one worker is free
+        second = ask(pool)
+        model.backend.await_held(1)
+        pool.maintain()
+        wait_for(pool, lambda: len(model_of(pool).live_workers) == 3)
+        third = ask(pool)
+        model.backend.await_held(1)
+        pool.maintain()
+        assert not model_of(pool).spawning  # max_workers
+        model.backend.release()
+        assert first.text() == second.text() == third.text() == "7"
+
+
+def test_shutdown_lets_requests_end_and_refuses_new_ones() -> None:
+    model = FakeModel(hold=True)
+    pool = warm(model)
+    stream = ask(pool)
+    model.backend.await_held(1)
+    done = threading.Thread(target=pool.shutdown, args=(20,))
+    done.start()
+    wait_for(pool, lambda: pool._state.closing)
+    assert isinstance(error_of(ask(pool)), ShuttingDown)
+    model.backend.release()
+    assert stream.text() == "7"
+    done.join(20)
+    assert not [t for t in threading.enumerate() if t.name.startswith("llava-")]
+    assert model.backend.closed and pool.total_memory_mb() == 0
+    pool.shutdown()
+    assert pool.health()["status"] == "closing"
+
+
+def test_shutdown_ends_what_does_not_end_by_itself() -> None:
+    gate = threading.Event()
+    model = FakeModel(hold=True)
+    pool = warm(model)
+    pool.add_model(FakeModel(gate).spec("loading"))
+    streams = [ask(pool) for _ in range(4)]
+    streams.append(pool.describe_image("loading", PICTURE, "What?"))
+    model.backend.await_held(4)
+    model.backend.fetch_gate.clear()
+    streams.append(pool.describe_url("fake", "http://x.example/", "What?"))
+    assert model.backend.fetching.acquire(timeout=20)
+    threading.Timer(0.05, lambda: (gate.set(), model.backend.fetch_gate.set())).start()
+    pool.shutdown(0)
+    errors = [error_of(stream) for stream in streams]
+    assert [type(error) for error in errors] == [ShuttingDown] * 6
+    assert len({id(error) for error in errors}) == 6
+    assert not [t for t in threading.enumerate() if t.name.startswith("llava-")]
+    assert pool.total_memory_mb() == 0
+
+
+def test_a_pool_that_was_never_used_shuts_down_too() -> None:
+    pool = make_pool()
+    assert pool.health() == {"status": "ok", "total_memory_mb": 0, "devices": {}, "models": {}}
+    pool.shutdown()
+
+
+def test_an_event_loop_is_not_blocked() -> None:
+    gate = threading.Event()
+    model = FakeModel(gate)
+
+    async def run(pool: WorkerPool) -> list[str]:
+        streams = [ask(pool) for _ in range(50)]
+        tasks = [asyncio.create_task(stream.atext()) for stream in streams]
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in tasks)  # the loop runs, and the model loads
+        gate.set()
+        return await asyncio.gather(*tasks)
+
+    with make_pool() as pool:
+        pool.add_model(model.spec())
+        assert asyncio.run(run(pool)) == ["7"] * 50
+
+
+def test_arguments_are_judged_at_the_call() -> None:
+    with make_pool() as pool:
+        for options, error in (
+            ({"timeout": "1"}, TypeError),
+            ({"timeout": 0}, ValueError),
+            ({"timeout": float("nan")}, ValueError),
+            ({"priority": 1.5}, TypeError),
+            ({"cache_salt": b"x"}, TypeError),
+        ):
+            with pytest.raises(error):
+                ask(pool, **options)
+        with pytest.raises(TypeError):
+            pool.describe_image("fake", 5, "What?")
+        with pytest.raises(TypeError):
+            pool.describe_image("fake", PICTURE, None)
+        with pytest.raises(TypeError):
+            pool.describe_url("fake", b"http://x.example", "What?")
+
+
+def test_health_is_json_and_metrics_count_what_happened() -> None:
+    model = FakeModel(hold=True, share=10)
+    with warm(model) as pool:
+        registry = prometheus_client.CollectorRegistry()
+        pool.attach_metrics(registry)
+        model.backend.error = lambda request: (
+            ImageDecodeError("x") if request.query == "bad" else None
+        )
+        assert error_of(pool.describe_image("fake", PICTURE, "bad"))
+        stream = ask(pool)
+        model.backend.await_held(1)
+        health = pool.health()["models"]["fake"]
+        assert health["queue_depth"] == 1 and health["state"] == "processing"
+        text = prometheus_client.generate_latest(registry).decode()
+        assert 'llava_engine_queue{model="fake"} 1.0' in text
+        model.backend.release()
+        assert stream.text() == "7"
+        wait_for(pool, lambda: not model_of(pool).live)
+        health = json.loads(json.dumps(pool.health()))["models"]["fake"]
+        assert health["queue_depth"] == health["running"] == 0
+        assert health["outcomes"] == {"stop": 2, "ImageDecodeError": 1}
+        assert health["latency"]["total"]["p95"] >= health["latency"]["first_token"]["p50"] > 0
+        text = prometheus_client.generate_latest(registry).decode()
+        for line in (
+            'llava_engine_requests_total{model="fake",outcome="stop"} 1.0',
+            'llava_engine_requests_total{model="fake",outcome="ImageDecodeError"} 1.0',
+            'llava_engine_tokens_total{model="fake"} 1.0',
+            'llava_engine_first_token_seconds_count{model="fake"} 1.0',
+            'llava_engine_workers{model="fake",state="ready"} 2.0',
+            'llava_engine_memory_bytes{device="cpu",kind="used"} 2.097152e+07',
+        ):
+            assert line in text, line
+    assert prometheus_client.generate_latest(registry) == b""
