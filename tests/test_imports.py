@@ -24,7 +24,7 @@ LAYER = {
     "pool": 4,
     "stream": 4,
     "runtime": 3,
-    "models": 2.2,
+    "network": 2.2,
     "quant": 2.1,
     "hub": 2,
     "image": 2,
@@ -41,11 +41,11 @@ FORBIDDEN = {
     "runtime": {"image", "text", "hub"},
     "image": {"text", "hub", "demo"},
     "text": {"image", "kernels", "hub", "demo"},
-    "models": {"image", "text", "hub", "demo"},
+    "network": {"image", "text", "hub", "demo"},
     "registry": {"demo"},
 }
 # Only this file of pool/ may know the runtime and the models.
-POOL_GATE = "worker.py"
+POOL_GATE = "backend.py"
 # What layer 0 may import from outside: nothing but the standard library.
 STANDARD = set(sys.stdlib_module_names)
 
@@ -101,7 +101,7 @@ def test_no_arrow_runs_upward(path: Path) -> None:
             continue
         assert LAYER[there] <= LAYER[here], f"{here} imports {there}, which is above it"
         assert there not in FORBIDDEN.get(here, ()), f"{here} may not import {there}"
-        if here == "pool" and there in ("runtime", "models"):
+        if here == "pool" and there in ("runtime", "network"):
             assert path.name == POOL_GATE, f"pool imports {name} outside {POOL_GATE}"
 
 
@@ -154,3 +154,9 @@ def test_public_names_are_there() -> None:
     assert set(llava_engine.__all__) <= set(dir(llava_engine))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = llava_engine.nothing
+
+
+def test_no_subpackage_takes_a_public_names_place() -> None:
+    """Importing a module sets it as an attribute of its package, over whatever stood there."""
+    rooms = {room(path) for path in modules()}
+    assert not rooms & set(llava_engine.__all__)

@@ -24,7 +24,7 @@ from llava_engine.image.fetch import Fetcher
 from llava_engine.image.load import load_image
 from llava_engine.image.preprocess import ImageProcessorConfig, picture_key, preprocess
 from llava_engine.kernels.library import require_kernels
-from llava_engine.models.weights import load_model
+from llava_engine.network.weights import load_model
 from llava_engine.pool.request import Request
 from llava_engine.pool.sizing import HOST, DeviceMemory, kv_share_mb
 from llava_engine.registry import ModelInfo
@@ -199,7 +199,7 @@ def load_worker_model(
 ) -> ModelBackend:
     """Find the checkpoint, downloading it if need be, and load it onto `device`.
 
-    progress: called as in models.weights. Raises ModelError or MemoryExhausted.
+    progress: called as in network.weights. Raises ModelError or MemoryExhausted.
     """
     kv_mb = kv_share_mb(info, config, device)
     return ModelBackend(resolve(info), info, config, device, kv_mb, progress)

@@ -11,8 +11,8 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from llava_engine.models.llama import Batch
-from llava_engine.models.llava import LlavaModel
+from llava_engine.network.llama import Batch
+from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime.feature_cache import FeatureCache
 from llava_engine.runtime.kv_cache import KVCache
 from llava_engine.runtime.sampler import Sampler

@@ -17,7 +17,7 @@ import torch
 
 from llava_engine.config import EngineConfig
 from llava_engine.errors import LlavaError, MemoryExhausted, RequestFailed, WorkerDied
-from llava_engine.models.llava import LlavaModel
+from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime.feature_cache import FeatureCache
 from llava_engine.runtime.kv_cache import BlockPool, KVCache
 from llava_engine.runtime.model_runner import ModelRunner

@@ -18,8 +18,8 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_engine import EngineConfig, FinishReason, SamplingParams
 from llava_engine.errors import LlavaError, MemoryExhausted, RequestFailed, WorkerDied
-from llava_engine.models.llava import LlavaModel
-from llava_engine.models.weights import load_model
+from llava_engine.network.llava import LlavaModel
+from llava_engine.network.weights import load_model
 from llava_engine.runtime.runtime import DeviceRuntime
 from llava_engine.runtime.sequence import Picture, Sequence
 from llava_engine.text.prompt import placeholder_ids

@@ -50,7 +50,7 @@ def make_checkpoint(
 ) -> None:
     """Write a checkpoint with tokenizer and preprocessor_config.json into `directory`.
 
-    layout: one file, or three with an index. naming: of the tensors, see models.weights.
+    layout: one file, or three with an index. naming: of the tensors, see network.weights.
     metaspace: which tokenizer, see make_tokenizer. config_overrides: fields of LlavaConfig; the
     dicts text_config and vision_config are laid over TEXT and VISION.
     """

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llava_engine.models.llama import Batch
-from llava_engine.models.llava import LlavaModel
+from llava_engine.network.llama import Batch
+from llava_engine.network.llava import LlavaModel
 
 
 @dataclass

@@ -12,7 +12,7 @@ from support.checkpoints import make_checkpoint
 from support.paged import Prompt, greedy
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from llava_engine.models.weights import load_model
+from llava_engine.network.weights import load_model
 
 CPU = torch.device("cpu")
 NEW_TOKENS = 64

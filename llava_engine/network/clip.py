@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from llava_engine.models.config import VisionConfig
-from llava_engine.models.layers import ACTIVATIONS, LayerNorm, Linear, Placement, Slot
+from llava_engine.network.config import VisionConfig
+from llava_engine.network.layers import ACTIVATIONS, LayerNorm, Linear, Placement, Slot
 
 PREFIX = "vision_tower.vision_model"
 

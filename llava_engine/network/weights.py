@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llava_engine.errors import MemoryExhausted, WeightsError
-from llava_engine.models import clip
-from llava_engine.models.llava import LlavaConfig, LlavaModel
+from llava_engine.network import clip
+from llava_engine.network.llava import LlavaConfig, LlavaModel
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_engine.errors import ModelError, UnsupportedModel
-from llava_engine.models.layers import ACTIVATIONS
+from llava_engine.network.layers import ACTIVATIONS
 
 _FILE = "config.json"
 # Far above every real model, and low enough that no product of sizes overflows 64 bits.

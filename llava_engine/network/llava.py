@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from llava_engine.kernels.projector import project
-from llava_engine.models.clip import VisionTower
-from llava_engine.models.config import LlavaConfig
-from llava_engine.models.layers import ACTIVATIONS, Linear, Placement, Slot
-from llava_engine.models.llama import Batch, LlamaDecoder
+from llava_engine.network.clip import VisionTower
+from llava_engine.network.config import LlavaConfig
+from llava_engine.network.layers import ACTIVATIONS, Linear, Placement, Slot
+from llava_engine.network.llama import Batch, LlamaDecoder
 
 __all__ = ["Batch", "LlavaConfig", "LlavaModel"]
 

@@ -18,8 +18,8 @@ from support.paged import Prompt, greedy
 from transformers import LlavaForConditionalGeneration
 
 from llava_engine.errors import MemoryExhausted, ModelError, WeightsError
-from llava_engine.models.llava import LlavaConfig, LlavaModel
-from llava_engine.models.weights import load_model, random_model
+from llava_engine.network.llava import LlavaConfig, LlavaModel
+from llava_engine.network.weights import load_model, random_model
 
 CPU = torch.device("cpu")
 SINGLE = "model.safetensors"

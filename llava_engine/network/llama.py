@@ -17,8 +17,8 @@ from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.attention import paged_attention
 from llava_engine.kernels.norm import add_rms_norm, rms_norm
 from llava_engine.kernels.rope_kv import rope_append
-from llava_engine.models.config import RopeConfig, TextConfig
-from llava_engine.models.layers import ACTIVATIONS, Linear, Placement, Slot
+from llava_engine.network.config import RopeConfig, TextConfig
+from llava_engine.network.layers import ACTIVATIONS, Linear, Placement, Slot
 
 PREFIX = "language_model.model"
 
@@ -41,7 +41,7 @@ class Batch:
 
 
 class LlamaDecoder:
-    """Embedding, decoder layers and final norm; the head is models.llava's."""
+    """Embedding, decoder layers and final norm; the head is network.llava's."""
 
     def __init__(self, config: TextConfig, place: Placement) -> None:
         self._eps = config.rms_norm_eps

@@ -12,8 +12,8 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llava_engine.errors import ModelError, UnsupportedModel
-from llava_engine.models.config import LlavaConfig
-from llava_engine.models.llama import cos_sin_table, inverse_frequencies
+from llava_engine.network.config import LlavaConfig
+from llava_engine.network.llama import cos_sin_table, inverse_frequencies
 
 # llava-hf/llava-1.5-7b-hf's file, which leaves most of text_config to transformers' defaults.
 PUBLISHED: dict[str, Any] = {

@@ -1,1 +1,0 @@
-"""The network: CLIP vision tower, projector, Llama decoder, and their weights."""
