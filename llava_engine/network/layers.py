@@ -1,6 +1,6 @@
 """Parts that the vision tower, the projector and the decoder share.
 
-A layer holds plain tensors, uninitialised until models.weights fills them. `slots` names the views
+A layer holds plain tensors, uninitialised until network.weights fills them. `slots` names the views
 of them that a checkpoint's tensors go to, which is how several tensors become one fused matrix.
 """
 

@@ -20,7 +20,7 @@ __all__ = ["Batch", "LlavaConfig", "LlavaModel"]
 
 
 class LlavaModel:
-    """The network of `config`, its weights uninitialised until models.weights fills them.
+    """The network of `config`, its weights uninitialised until network.weights fills them.
 
     The caller turns gradients off (torch.inference_mode).
     """

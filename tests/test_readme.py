@@ -1,0 +1,47 @@
+"""README says what the repository's files and commands say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import llava_engine
+from llava_engine import EngineConfig, PoolConfig, WorkerPool
+from llava_engine.demo import picture_path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_quoted_answer_is_what_the_demo_says() -> None:
+    quoted = " ".join(line.removeprefix("> ") for line in README.splitlines() if line[:2] == "> ")
+    pool = WorkerPool(PoolConfig())
+    try:
+        model = llava_engine.get("llava-tiny", EngineConfig(device="cpu"), pool=pool)
+        answer = model.describe_image(picture_path(), "Describe the picture.").text()
+    finally:
+        pool.shutdown(0)
+    assert answer.strip() == quoted
+
+
+def test_the_demo_models_figures_are_those_of_its_evaluation() -> None:
+    table = json.loads((ROOT / "bench/results/demo_model.json").read_text())["table"]
+    shown = re.findall(r"([\d.]+) % of the closed\s+questions|([\d.]+) % of its\s+descr", README)
+    closed, described = (float(a or b) for a, b in shown)
+    assert closed == table["all closed"]["percent"] >= 95
+    assert described == table["describe"]["percent"] >= 90
+
+
+def test_linked_files_exist() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", README)
+    local = [a or b for a, b in links if not (a or b).startswith("http")]
+    assert len(local) > 3
+    for link in local:
+        assert (ROOT / link).exists(), link
+
+
+def test_the_two_commands_are_in_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
