@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,6 +170,40 @@ def test_sampling_options_reach_the_model(tiny: VisionModel) -> None:
     stream = tiny.describe_image(picture, "Describe.", max_new_tokens=150, ignore_eos=True)
     stream.text()
     assert stream.usage.completion_tokens == 150
+
+
+def test_readers_that_cancel_close_or_vanish_leave_nothing(
+    tiny: VisionModel, pool: WorkerPool
+) -> None:
+    chance = random.Random(7)
+    pictures = [render(make_scene(SEED, 300 + index)) for index in range(6)]
+    want = [tiny.describe_image(p, "Describe the picture.").text() for p in pictures]
+    survivors = []
+    for index in range(400):
+        stream = tiny.describe_image(pictures[index % 6], "Describe the picture.")
+        if index % 40 == 0:
+            survivors.append((stream, want[index % 6]))
+            continue
+        for _ in range(chance.choice([0, 0, 0, 1, 3])):
+            next(stream)
+        leave = chance.choice(["cancel", "close", "with", "vanish"])
+        if leave == "with":
+            with stream:
+                pass
+        elif leave != "vanish":
+            getattr(stream, leave)()
+        del stream
+    for stream, text in survivors:
+        assert stream.text() == text
+    backend = pool._state.models[tiny.registry_key].sites["cpu"].backend
+    runtime = backend._runtime
+    until = time.monotonic() + 30
+    while runtime.load() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert runtime.load() == 0
+    assert runtime.num_free_blocks == runtime.num_blocks
+    record = pool.health()["models"][tiny.registry_key]
+    assert record["queue_depth"] == record["running"] == 0
 
 
 @pytest.mark.parametrize(
