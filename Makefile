@@ -24,16 +24,18 @@ clean:
 	rm -rf $(VENV) build *.egg-info
 
 $(VENV)/.created:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llava_engine needs Python 3.11 or later")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llava_engine needs Python 3.11 or later")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --upgrade pip
+	@touch $@
 
 # The editable install sees changed sources by itself; only these files make it stale.
 $(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
-	touch $@
+	@echo 'Installing llava_engine and torch into $(VENV); this can take some minutes.'
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable .
+	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	touch $@
+	@echo 'Installing what the tests need into $(VENV).'
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[test]'
+	@touch $@
