@@ -7,6 +7,24 @@ import torch.nn.functional as F
 
 from llava_engine.kernels.library import define
 
+_SPLIT_TARGET = 1024  # csrc/attention_decode.cu: kSplitTarget
+_GROUPED = 4  # query heads that it answers from one read of a key head, where heads are grouped
+
+
+def attention_workspace(
+    num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+) -> torch.Tensor:
+    """Scratch memory for paged_attention on `device`, for any batch and context.
+
+    float32, zero at first; the kernel leaves its counters zero. Calls that share one must run on
+    one stream.
+    """
+    if device.type == "cpu":
+        return torch.zeros(0)
+    together = 1 if num_heads == num_kv_heads else _GROUPED
+    words = _SPLIT_TARGET * (1 + together * (head_dim + 2))
+    return torch.zeros(words, device=device)
+
 
 def paged_attention(
     out: torch.Tensor,
@@ -16,6 +34,8 @@ def paged_attention(
     block_table: torch.Tensor,
     query_start: torch.Tensor,
     context_lens: torch.Tensor,
+    workspace: torch.Tensor,
+    max_query_len: int,
     scale: float,
 ) -> None:
     """Causal grouped-query attention of each sequence's newest tokens over its whole context.
@@ -29,11 +49,24 @@ def paged_attention(
     query_start: int32 [S + 1]; sequence s owns rows query_start[s] to query_start[s + 1].
     context_lens: int32 [S], keys of each sequence, its new tokens included: row i of n sees keys 0
         to context_lens - n + i. A length of 0 marks a padding row, which is written as zeros.
+    workspace: of attention_workspace; the reference needs none.
+    max_query_len: no sequence has more rows in q; 1 is a decoding step.
     scale: factor of the scores before the softmax.
 
     The new tokens' keys and values are in the cache already (rope_append).
     """
-    _paged_attention(out, q, k_cache, v_cache, block_table, query_start, context_lens, scale)
+    _paged_attention(
+        out,
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        query_start,
+        context_lens,
+        workspace,
+        max_query_len,
+        scale,
+    )
 
 
 def _paged_attention_reference(
@@ -44,6 +77,8 @@ def _paged_attention_reference(
     block_table: torch.Tensor,
     query_start: torch.Tensor,
     context_lens: torch.Tensor,
+    workspace: torch.Tensor,
+    max_query_len: int,
     scale: float,
 ) -> None:
     starts: list[int] = query_start.tolist()
@@ -122,6 +157,7 @@ def _decode(
 
 _paged_attention = define(
     "paged_attention(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
-    "Tensor query_start, Tensor context_lens, float scale) -> ()",
+    "Tensor query_start, Tensor context_lens, Tensor(b!) workspace, int max_query_len, "
+    "float scale) -> ()",
     _paged_attention_reference,
 )

@@ -1,34 +1,64 @@
-"""The op namespace `llava_engine`: how a kernel file declares an op, its reference and its fake.
+"""The op namespace `llava_engine`: how a kernel file declares an op, and what runs on a call.
 
-An op writes into tensors that the caller gives and returns nothing. The plain-torch reference is
-registered under CompositeExplicitAutograd, so it runs on every device for which the compiled
-library has registered nothing closer.
+An op writes into tensors that the caller gives and returns nothing. On the CPU its plain-torch
+reference runs. On CUDA the compiled library does, loaded when CUDA is first used; where it is
+missing the call raises. Inside `references()` the reference runs everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 
 import torch
 
 from llava_engine.errors import KernelsNotBuilt
 
 NAMESPACE = "llava_engine"
+LIBRARY = Path(__file__).parent.parent / "_kernels.so"
+
+_HOW = 'choose EngineConfig(kernels="reference") to run the slow references'
+# cudaError_t, which torch has no names for.
+_DRIVER_TOO_OLD = 35
+_NO_CODE_FOR_THIS_GPU = 209
 
 # torch.library.Library has no type annotations; this and the two calls below are all we use of it.
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _names: list[str] = []
+_loading = threading.Lock()
+_loaded = False
+_use_references = ContextVar("use_references", default=False)
+
+
+@contextmanager
+def references() -> Iterator[None]:
+    """Run every op by its torch reference in this block, also where the compiled library is loaded.
+
+    It holds for the thread that enters it (a context variable), so that two models in one process
+    can differ. For EngineConfig(kernels="reference").
+    """
+    token = _use_references.set(True)
+    try:
+        yield
+    finally:
+        _use_references.reset(token)
 
 
 def require_kernels(device: torch.device) -> None:
-    """Raise KernelsNotBuilt unless every op that is declared has a kernel for `device`.
+    """Raise KernelsNotBuilt unless every op that is declared has a kernel that runs on `device`.
 
-    On the CPU the references are the kernels. This is for EngineConfig(kernels="auto"); who chose
-    "reference" does not ask.
+    On the CPU the references are the kernels. On CUDA this loads the library. It is for
+    EngineConfig(kernels="auto"); who chose "reference" does not ask.
     """
     if device.type == "cpu":
         return
+    if device.type == "cuda":
+        _load()
+        _probe(device)
     key = device.type.upper()
     lacking = [
         name
@@ -37,23 +67,79 @@ def require_kernels(device: torch.device) -> None:
     ]
     if lacking:
         raise KernelsNotBuilt(
-            f"no compiled {key} kernel for {', '.join(lacking)}; build the package with nvcc, or "
-            'choose EngineConfig(kernels="reference") to run the slow references'
+            f"no compiled {key} kernel for {', '.join(lacking)}: the library is older than the "
+            f"package; build it again with nvcc (python setup.py build_csrc), or {_HOW}"
         )
 
 
-def define(schema: str, reference: Callable[..., None]) -> Any:
-    """Declare the op of `schema` and return its callable overload.
+def define(schema: str, reference: Callable[..., None]) -> Callable[..., None]:
+    """Declare the op of `schema` and return what calls it.
 
     schema: "name(Tensor(a!) out, ...) -> ()" as torch.library has it.
     """
     name = schema.partition("(")[0]
     _names.append(name)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    # The reference stands under the default key, so that it serves every device but those that the
+    # compiled library registers for.
     _library.impl(name, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", _fake, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def call(out: torch.Tensor, *arguments: object) -> None:
+        if _use_references.get():
+            reference(out, *arguments)
+            return
+        if not _loaded and out.is_cuda:
+            _load()  # or the dispatcher would quietly take the reference
+        op(out, *arguments)
+
+    return call
 
 
 def _fake(*args: object, **kwargs: object) -> None:
     """Every op returns nothing and changes no shape, so one fake serves all."""
+
+
+def _load() -> None:
+    """Load the compiled library, once per process."""
+    global _loaded
+    with _loading:
+        if _loaded:
+            return
+        if not LIBRARY.exists():
+            raise KernelsNotBuilt(
+                "the package's CUDA library is not there; build it with nvcc (python setup.py "
+                f"build_csrc), or {_HOW}"
+            )
+        try:
+            torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
+        except OSError as error:
+            raise KernelsNotBuilt(
+                f"the package's CUDA library cannot be loaded into torch {torch.__version__}; "
+                f"build it again (python setup.py build_csrc), or {_HOW}"
+            ) from error
+        _loaded = True
+
+
+def _probe(device: torch.device) -> None:
+    """Ask the library itself whether its code runs on `device`."""
+    library = ctypes.CDLL(str(LIBRARY))
+    library.llava_engine_architectures.restype = ctypes.c_char_p
+    library.llava_engine_error_text.restype = ctypes.c_char_p
+    index = device.index if device.index is not None else 0
+    error = library.llava_engine_probe(index)
+    if error == 0:
+        return
+    text = library.llava_engine_error_text(error).decode()
+    if error == _NO_CODE_FOR_THIS_GPU:
+        built = library.llava_engine_architectures().decode()
+        raise KernelsNotBuilt(
+            f"the package's CUDA library has no code for {device}: it is built for {built}; build "
+            f"it for this GPU (LLAVA_CUDA_ARCHS), or {_HOW}"
+        )
+    if error == _DRIVER_TOO_OLD:
+        raise KernelsNotBuilt(
+            f"the driver of {device} is too old for the package's CUDA library: {text}"
+        )
+    raise KernelsNotBuilt(f"the package's CUDA library does not run on {device}: {text}")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from llava_engine.kernels.activation import silu_mul
-from llava_engine.kernels.attention import paged_attention
+from llava_engine.kernels.attention import attention_workspace, paged_attention
 from llava_engine.kernels.norm import add_rms_norm, rms_norm
 from llava_engine.kernels.rope_kv import rope_append
 from llava_engine.network.config import RopeConfig, TextConfig
@@ -31,6 +31,7 @@ class Batch:
     slot_mapping: int64 [T], where its key and value go: block * block_size + offset.
     block_table: int32 [S, max_blocks]. query_start: int32 [S + 1], first row of each sequence.
     context_lens: int32 [S], tokens of each sequence up to and with this step's.
+    max_query_len: the most rows that a sequence has here.
     """
 
     positions: torch.Tensor
@@ -38,6 +39,7 @@ class Batch:
     block_table: torch.Tensor
     query_start: torch.Tensor
     context_lens: torch.Tensor
+    max_query_len: int
 
 
 class LlamaDecoder:
@@ -46,7 +48,10 @@ class LlamaDecoder:
     def __init__(self, config: TextConfig, place: Placement) -> None:
         self._eps = config.rms_norm_eps
         self.embedding = place.empty(config.vocab_size, config.hidden_size)
-        self._layers = [_Layer(config, place) for _ in range(config.num_layers)]
+        workspace = attention_workspace(
+            config.num_heads, config.num_kv_heads, config.head_dim, place.device
+        )
+        self._layers = [_Layer(config, place, workspace) for _ in range(config.num_layers)]
         self._norm = place.empty(config.hidden_size)
         self._cos_sin = cos_sin_table(
             config.rope, config.head_dim, config.max_position_embeddings, place.device
@@ -84,10 +89,11 @@ class LlamaDecoder:
 
 
 class _Layer:
-    def __init__(self, config: TextConfig, place: Placement) -> None:
+    def __init__(self, config: TextConfig, place: Placement, workspace: torch.Tensor) -> None:
         hidden, dim = config.hidden_size, config.head_dim
         self._num_heads, self._num_kv_heads, self._dim = config.num_heads, config.num_kv_heads, dim
         self._scale = dim**-0.5
+        self._workspace = workspace  # one for all layers, which run one after the other
         self._hidden_act = config.hidden_act
         self._wide = config.intermediate_size
         self.input_norm = place.empty(hidden)
@@ -119,6 +125,8 @@ class _Layer:
             batch.block_table,
             batch.query_start,
             batch.context_lens,
+            self._workspace,
+            batch.max_query_len,
             self._scale,
         )
         return self._out(attended.view(len(x), -1))

@@ -118,6 +118,7 @@ class ModelRunner:
             block_table=self._tensor(table, np.int32),
             query_start=self._tensor(starts, np.int32),
             context_lens=self._tensor(np.asarray(lens), np.int32),
+            max_query_len=max(entry.num_tokens for entry in step),
         )
 
     def _tensor(self, values: np.ndarray, dtype: type[np.generic]) -> torch.Tensor:

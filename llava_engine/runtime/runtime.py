@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from queue import Empty, SimpleQueue
 
 import torch
 
 from llava_engine.config import EngineConfig
 from llava_engine.errors import LlavaError, MemoryExhausted, RequestFailed, WorkerDied
+from llava_engine.kernels.library import references
 from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime.feature_cache import FeatureCache
 from llava_engine.runtime.kv_cache import BlockPool, KVCache
@@ -57,6 +59,7 @@ class DeviceRuntime:
             max_model_len=self.max_model_len,
         )
         self._runner = ModelRunner(model, self._cache, self._features, device)
+        self._kernels = references if config.kernels == "reference" else nullcontext
         self._shares: dict[str, int] = {}
         # What the loop thread is to do: a sequence, a command, or None to just look around.
         self._inbox: SimpleQueue[Sequence | Callable[[], None] | None] = SimpleQueue()
@@ -184,7 +187,7 @@ class DeviceRuntime:
 
     def _loop(self) -> None:
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._kernels():
                 while not self._closing:
                     self._receive()
                     step = self._scheduler.schedule(time.monotonic())

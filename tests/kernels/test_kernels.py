@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from llava_engine.kernels.activation import silu_mul
-from llava_engine.kernels.attention import paged_attention
+from llava_engine.kernels.attention import attention_workspace, paged_attention
 from llava_engine.kernels.norm import add_rms_norm, rms_norm
 from llava_engine.kernels.projector import project
 from llava_engine.kernels.rope_kv import rope_append
@@ -189,6 +189,8 @@ class PagedContext:
             self.block_table[rows],
             torch.tensor(starts, dtype=torch.int32),
             torch.tensor([self.lengths[row][1] for row in rows], dtype=torch.int32),
+            attention_workspace(q.shape[1], *self.k_cache.shape[1::2], q.device),
+            max(self.lengths[row][0] for row in rows),
             self.scale,
         )
         return out
@@ -253,6 +255,8 @@ def test_paged_attention_takes_rows_of_a_fused_matrix(generator: torch.Generator
         context.block_table,
         starts,
         torch.tensor([6, 9], dtype=torch.int32),
+        torch.zeros(0),
+        3,
         context.scale,
     )
     torch.testing.assert_close(out, expected)
@@ -302,6 +306,8 @@ def _samples(generator: torch.Generator) -> dict[str, tuple[object, ...]]:
             context.block_table,
             torch.tensor([0, 1, 4], dtype=torch.int32),
             torch.tensor([5, 6], dtype=torch.int32),
+            torch.zeros(0),
+            3,
             0.5,
         ),
     }

@@ -83,6 +83,7 @@ def greedy(
             block_table=torch.tensor([tables[index] for index in active], dtype=torch.int32),
             query_start=counts.cumsum(0).int(),
             context_lens=torch.tensor([computed[index] for index in active], dtype=torch.int32),
+            max_query_len=max(len(chunk) for chunk in chunks),
         )
         hidden = model.forward(torch.cat(chunks), batch, k_caches, v_caches)
         for index, end in zip(active, batch.query_start[1:].tolist(), strict=True):

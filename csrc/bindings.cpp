@@ -1,0 +1,15 @@
+// Registers every op for CUDA under the schemas that llava_engine/kernels/*.py declare. Nothing else
+// registers ops, so this file is the whole surface.
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(llava_engine, CUDA, m) {
+  m.impl("rms_norm", TORCH_BOX(&llava_engine::rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&llava_engine::add_rms_norm));
+  m.impl("silu_mul", TORCH_BOX(&llava_engine::silu_mul));
+  m.impl("rope_append", TORCH_BOX(&llava_engine::rope_append));
+  m.impl("paged_attention", TORCH_BOX(&llava_engine::paged_attention));
+  m.impl("project", TORCH_BOX(&llava_engine::project));
+  m.impl("sample", TORCH_BOX(&llava_engine::sample));
+}

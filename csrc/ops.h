@@ -1,0 +1,38 @@
+// The op surface: what each family implements and bindings.cpp registers. The schemas, with shapes
+// and meaning of every argument, are declared in llava_engine/kernels/<family>.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace llava_engine {
+
+using torch::stable::Tensor;
+
+// norm.cu
+void rms_norm(Tensor out, Tensor x, Tensor weight, double eps);
+void add_rms_norm(Tensor out, Tensor residual, Tensor x, Tensor weight, double eps);
+
+// activation.cu
+void silu_mul(Tensor out, Tensor gate_up);
+
+// rope_kv.cu
+void rope_append(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions,
+                 Tensor slot_mapping, Tensor k_cache, Tensor v_cache);
+
+// attention.cu
+void paged_attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,
+                     Tensor query_start, Tensor context_lens, Tensor workspace,
+                     int64_t max_query_len, double scale);
+
+// projector.cu
+void project(Tensor out, Tensor features, Tensor w1, std::optional<Tensor> b1, Tensor w2,
+             std::optional<Tensor> b2);
+
+// sampling.cu
+void sample(Tensor out, Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p,
+            Tensor repetition_penalty, std::optional<Tensor> seen, Tensor seed, Tensor position);
+
+}  // namespace llava_engine
