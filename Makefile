@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check csrc bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/llava-engine describe
@@ -16,6 +16,10 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The CUDA kernels, where nvcc is; LLAVA_CUDA_ARCHS names the GPUs ("90a" by default).
+csrc: $(VENV)/.installed
+	$(BIN)/python setup.py --quiet build_csrc
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/scheduler.py
