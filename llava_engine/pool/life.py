@@ -133,13 +133,13 @@ class Life:
             request.channel.abort(shutting_down() if state.closing else _died(worker, cause))
         if site is not None:
             self._leave(site, worker)
-        worker.end_loading(cause or shutting_down())
         with state.lock:
             state.ledger.release(worker)
             if worker in model.workers:
                 model.workers.remove(worker)
             worker.backend = None
             state.changed.notify_all()
+        worker.end_loading(cause or shutting_down())
         state.ended.put(None)
 
     def _leave(self, site: Site, worker: Worker) -> None:

@@ -202,21 +202,17 @@ class WorkerPool:
             rest = [request for model in state.models.values() for request in model.live]
         for request in rest:
             request.channel.abort(shutting_down())
-        until = time.monotonic() + _JOIN_S
-        for stopping in (True, False):  # the second time for what a spawn was about to start
-            with state.lock:
-                workers = [worker for model in state.models.values() for worker in model.workers]
-                spawns = set(state.spawn_threads)
-            for worker in workers:
-                worker.abandon()
-                if stopping:
-                    worker.stop()
-            for thread in spawns:
-                thread.join(max(0.0, until - time.monotonic()))
-            for worker in workers:
-                worker.join(until)
         with state.lock:
+            workers = [worker for model in state.models.values() for worker in model.workers]
+            threads = state.threads
             metrics, state.metrics = state.metrics, []
+        for worker in workers:
+            worker.abandon()
+            worker.stop()
+        until = time.monotonic() + _JOIN_S
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        with state.lock:
             state.settle()
             state.stopped = True
             maintaining = self._maintenance

@@ -5,8 +5,8 @@ Runs on a thread of its own, so that no caller waits for a measurement or a load
 
 from __future__ import annotations
 
+import functools
 import logging
-import threading
 import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
@@ -51,12 +51,10 @@ class Spawn:
 
     def start(self) -> None:
         """Begin; not under the pool's lock."""
-        thread = threading.Thread(target=self._run, name=f"llava-spawn-{self._key}", daemon=True)
-        with self._state.lock:
-            self._state.spawn_threads.add(thread)
         try:
-            thread.start()
-        except RuntimeError as error:  # no thread to be had
+            with self._state.lock:
+                self._state.start_thread(f"llava-spawn-{self._key}", self._run)
+        except (RuntimeError, ShuttingDown) as error:
             self._end(self._failed(error))
 
     def _run(self) -> None:
@@ -68,8 +66,6 @@ class Spawn:
         except BaseException as raised:  # noqa: BLE001  or every waiting stream would hang
             error = self._failed(raised)
         self._end(error)
-        with self._state.lock:
-            self._state.spawn_threads.discard(threading.current_thread())
 
     def _end(self, error: LlavaError | None) -> None:
         grow = not self._evict
@@ -83,12 +79,12 @@ class Spawn:
         self.done.set_exception(error)
 
     def _spawn(self) -> None:
-        first: set[str] = {
-            site.device for site in list(self._model.sites.values()) if not site.dead
-        }
+        reserved = self._reserve()
+        with self._state.lock:
+            first = {site.device for site in self._model.sites.values() if not site.dead}
         together: list[Worker] = []
         after: list[Worker] = []
-        for worker in self._reserve():
+        for worker in reserved:
             # A further worker on a device shares what the first one there loads.
             (after if worker.device in first else together).append(worker)
             if worker in together:
@@ -107,7 +103,12 @@ class Spawn:
         """Start the workers and wait for them; how many are up, and why another is not."""
         until = time.monotonic() + self._state.config.spawn_timeout
         for worker in workers:
-            worker.start(self._life)
+            try:
+                with self._state.lock:
+                    run = functools.partial(worker.run, self._life)
+                    self._state.start_thread(f"llava-worker-{worker.name}", run)
+            except (RuntimeError, ShuttingDown) as refused:
+                worker.end_loading(refused)
         up = 0
         failure: LlavaError | None = None
         for worker in workers:
@@ -119,14 +120,17 @@ class Spawn:
                 continue
             if error is not None:
                 failure = self._failed(error)
+                self._abandon(worker)
             else:
                 up += 1
+                with self._state.lock:
+                    total = self._state.ledger.total_mb()
                 logger.info(
                     "Spawned worker %d for %s on %s (%d MB in all)",
                     worker.number,
                     self._key,
                     worker.device,
-                    self._state.ledger.total_mb(),
+                    total,
                 )
         return up, failure
 

@@ -44,11 +44,23 @@ class PoolState:
         self.ledger = Ledger()
         self.ended: SimpleQueue[Request | None] = SimpleQueue()
         self.metrics: list[Metrics] = []
-        self.spawn_threads: set[threading.Thread] = set()
+        self.threads: set[threading.Thread] = set()
         self.probed = False
         self.closing = False
         self.stopped = False
         self._chance = random.Random()
+
+    def start_thread(self, name: str, target: Callable[[], None]) -> None:
+        """Start a thread that shutdown will join, unless the pool is closing: then ShuttingDown.
+
+        Raises RuntimeError where no thread can be had. Under the lock, so that shutdown sees the
+        thread either running or not at all.
+        """
+        if self.closing:
+            raise shutting_down()
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()
+        self.threads = {thread, *(old for old in self.threads if old.is_alive())}
 
     def add_model(self, spec: ModelSpec) -> Model:
         """The model of the spec's key; the first spec stays. Under the lock."""

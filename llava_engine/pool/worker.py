@@ -118,15 +118,6 @@ class Worker:
         self._mailbox: SimpleQueue[Request | BaseException | None] = SimpleQueue()
         self._fetchers = Crew(f"llava-fetch-{self.name}", threads * _FETCHES_PER_THREAD)
         self._preparers = Crew(f"llava-prepare-{self.name}", threads)
-        self._thread: threading.Thread | None = None
-
-    def start(self, owner: Owner) -> None:
-        """Start the thread, which loads the model first."""
-        thread = threading.Thread(
-            target=self._run, args=(owner,), name=f"llava-worker-{self.name}", daemon=True
-        )
-        thread.start()
-        self._thread = thread
 
     def abandon(self) -> None:
         """Give up waiting for it to load; if it ever does, it frees what it took."""
@@ -159,12 +150,8 @@ class Worker:
         """End the thread as if `cause` had been raised in it. Takes no lock."""
         self._mailbox.put(cause)
 
-    def join(self, until: float) -> None:
-        """Wait for the thread, until `time.monotonic()` says `until`."""
-        if self._thread is not None:
-            self._thread.join(max(0.0, until - time.monotonic()))
-
-    def _run(self, owner: Owner) -> None:
+    def run(self, owner: Owner) -> None:
+        """The thread: load the model, or join it where it is, and serve until `stop` or `fail`."""
         cause: BaseException | None = None
         try:
             if self._load(owner):

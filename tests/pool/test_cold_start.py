@@ -259,8 +259,10 @@ def test_the_least_recently_used_idle_model_makes_room() -> None:
         wait_for(pool, lambda: pool._state.models["busy"].live_workers)
         models["busy"].backend.await_held(1)
         assert ask(pool, "old").text() == ask(pool, "new").text() == "7"
+        wait_for(pool, lambda: not model_of(pool, "old").live and not model_of(pool, "new").live)
         pool._state.clock.now += 1
         assert ask(pool, "old").text() == "7"  # now "new" is the least recently used
+        wait_for(pool, lambda: not model_of(pool, "old").live)
         assert pool.total_memory_mb() == 1200
         assert ask(pool, "big").text() == "7"
         assert not pool.has_workers("new") and models["new"].backend.closed
