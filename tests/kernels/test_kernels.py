@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from support.kernels import PagedContext, poisoned, within_twice
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
@@ -15,7 +16,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from llava_engine.kernels.activation import silu_mul
-from llava_engine.kernels.attention import attention_workspace, paged_attention
+from llava_engine.kernels.attention import paged_attention
 from llava_engine.kernels.norm import add_rms_norm, rms_norm
 from llava_engine.kernels.projector import project
 from llava_engine.kernels.rope_kv import rope_append
@@ -26,19 +27,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(5)
-
-
-def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """An `out` in which whatever is not written shows."""
-    return torch.full(shape, torch.nan, dtype=dtype)
-
-
-def within_twice(
-    ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, floor: float = 1e-12
-) -> None:
-    """design.md's tolerance: at most twice the error of plain torch at the same precision."""
-    error = (ours.double() - truth).pow(2).mean().sqrt()
-    assert error <= 2 * (plain.double() - truth).pow(2).mean().sqrt() + floor
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -140,77 +128,6 @@ def test_rope_append(
                 assert torch.equal(entry, rows[stored[slot]])
             else:
                 assert entry.isnan().all()
-
-
-class PagedContext:
-    """Sequences of given (new, context) lengths in a shuffled cache full of NaN elsewhere."""
-
-    def __init__(
-        self,
-        lengths: list[tuple[int, int]],
-        heads: tuple[int, int, int],
-        dtype: torch.dtype,
-        generator: torch.Generator,
-        block_size: int = 4,
-    ) -> None:
-        q_heads, kv_heads, dim = heads
-        counts = [-(-context // block_size) for _, context in lengths]
-        order = torch.randperm(sum(counts) + 1, generator=generator).tolist()
-        poison = order.pop()
-        self.k_cache = poisoned(sum(counts) + 1, kv_heads, block_size, dim, dtype=dtype)
-        self.v_cache = self.k_cache.clone()
-        self.block_table = torch.full((len(lengths), max(counts) + 1), poison, dtype=torch.int32)
-        self.lengths = lengths
-        self.scale = 0.3
-        self.keys, self.values, self.queries = [], [], []
-        for row, ((new, context), count) in enumerate(zip(lengths, counts, strict=True)):
-            blocks = torch.tensor([order.pop() for _ in range(count)], dtype=torch.int64)
-            self.block_table[row, :count] = blocks
-            places = torch.arange(context)
-            k, v = torch.randn(2, context, kv_heads, dim, generator=generator).to(dtype)
-            self.k_cache[blocks[places // block_size], :, places % block_size] = k
-            self.v_cache[blocks[places // block_size], :, places % block_size] = v
-            self.keys.append(k)
-            self.values.append(v)
-            self.queries.append(torch.randn(new, q_heads, dim, generator=generator).to(dtype) * 2)
-        self.q = torch.cat(self.queries)
-
-    def run(self, rows: list[int] | None = None) -> torch.Tensor:
-        """The op over all sequences, or over some."""
-        rows = list(range(len(self.lengths))) if rows is None else rows
-        q = torch.cat([self.queries[row] for row in rows])
-        out = poisoned(*q.shape, dtype=q.dtype)
-        starts = [0, *itertools.accumulate(self.lengths[row][0] for row in rows)]
-        paged_attention(
-            out,
-            q,
-            self.k_cache,
-            self.v_cache,
-            self.block_table[rows],
-            torch.tensor(starts, dtype=torch.int32),
-            torch.tensor([self.lengths[row][1] for row in rows], dtype=torch.int32),
-            attention_workspace(q.shape[1], *self.k_cache.shape[1::2], q.device),
-            max(self.lengths[row][0] for row in rows),
-            self.scale,
-        )
-        return out
-
-    def expected(self, dtype: torch.dtype) -> torch.Tensor:
-        """Attention written out, in `dtype`; padding rows are zero."""
-        rows = []
-        for (new, context), q, k, v in zip(
-            self.lengths, self.queries, self.keys, self.values, strict=True
-        ):
-            if context == 0:
-                rows.append(torch.zeros_like(q, dtype=dtype))
-                continue
-            groups = q.shape[1] // k.shape[1]
-            k, v = (x.to(dtype).repeat_interleave(groups, dim=1) for x in (k, v))
-            scores = torch.einsum("qhd,khd->hqk", q.to(dtype), k) * self.scale
-            future = torch.ones(new, context).triu(context - new + 1).bool()
-            weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
-            rows.append(torch.einsum("hqk,khd->qhd", weights, v))
-        return torch.cat(rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -47,7 +47,7 @@ def greedy(
 
     forced: tokens to go on with in place of the chosen ones.
     """
-    text = model.config.text
+    text, device = model.config.text, model.device
     lengths = [len(prompt.token_ids) + new_tokens for prompt in prompts]
     needed = [-(-length // block_size) for length in lengths]
     order = torch.randperm(sum(needed) + 1, generator=torch.Generator().manual_seed(0)).tolist()
@@ -56,7 +56,10 @@ def greedy(
     width = max(needed) + 2
     tables = [table + [poison] * (width - len(table)) for table in tables]
     shape = (sum(needed) + 1, text.num_kv_heads, block_size, text.head_dim)
-    k_caches = [torch.full(shape, torch.nan, dtype=model.dtype) for _ in range(text.num_layers)]
+    k_caches = [
+        torch.full(shape, torch.nan, dtype=model.dtype, device=device)
+        for _ in range(text.num_layers)
+    ]
     v_caches = [cache.clone() for cache in k_caches]
 
     rows = [_embed(model, prompt) for prompt in prompts]
@@ -78,11 +81,15 @@ def greedy(
             computed[index] += len(chunk)
         counts = torch.tensor([0] + [len(chunk) for chunk in chunks])
         batch = Batch(
-            positions=torch.cat(positions),
-            slot_mapping=torch.cat(slots),
-            block_table=torch.tensor([tables[index] for index in active], dtype=torch.int32),
-            query_start=counts.cumsum(0).int(),
-            context_lens=torch.tensor([computed[index] for index in active], dtype=torch.int32),
+            positions=torch.cat(positions).to(device),
+            slot_mapping=torch.cat(slots).to(device),
+            block_table=torch.tensor(
+                [tables[index] for index in active], dtype=torch.int32, device=device
+            ),
+            query_start=counts.cumsum(0).int().to(device),
+            context_lens=torch.tensor(
+                [computed[index] for index in active], dtype=torch.int32, device=device
+            ),
             max_query_len=max(len(chunk) for chunk in chunks),
         )
         hidden = model.forward(torch.cat(chunks), batch, k_caches, v_caches)
@@ -96,14 +103,15 @@ def greedy(
             following = answer.token_ids[-1]
             if forced is not None:
                 following = forced[index][len(answer.token_ids) - 1]
-            rows[index] = torch.cat((rows[index], model.embed(torch.tensor([following]))))
+            row = model.embed(torch.tensor([following], device=device))
+            rows[index] = torch.cat((rows[index], row))
     return decoded
 
 
 def _embed(model: LlavaModel, prompt: Prompt) -> torch.Tensor:
-    ids = torch.tensor(prompt.token_ids)
+    ids = torch.tensor(prompt.token_ids, device=model.device)
     rows = model.embed(ids)
     if prompt.pixels is not None:
-        features = model.encode_images(prompt.pixels.to(model.dtype))
+        features = model.encode_images(prompt.pixels.to(model.device, model.dtype))
         rows[ids == model.config.image_token_id] = features.flatten(0, 1)
     return rows

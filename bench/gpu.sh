@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# On a GPU machine, from a checkout with llava_engine/_kernels.so in it (python setup.py build_csrc):
+# the GPU tests, the kernels' benchmark and compute-sanitizer. Results go to a folder.
+#
+#     bench/gpu.sh [FOLDER]     PYTHON and COMMIT may be set; parts: PARTS="smoke tests bench decode sanitize"
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-${OUT:-bench/results}}
+python=${PYTHON:-python3}
+parts=${PARTS:-smoke tests bench decode sanitize}
+mkdir -p "$out"
+export COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+failed=0
+
+for part in $parts; do
+  started=$SECONDS
+  case $part in
+    smoke)  # every kernel once; nothing else is worth starting where this fails
+      $python bench/sanitize.py || exit 1
+      ;;
+    tests)
+      # Warnings of another torch than the pinned one are not this run's business.
+      $python -m pytest -m gpu tests/gpu -q --maxfail=25 -W default -p no:cacheprovider \
+        --junitxml="$out/gpu_tests.xml" > "$out/gpu_tests.log" 2>&1 || failed=1
+      grep -aE '^(FAILED|ERROR|E  )|passed|failed|error' "$out/gpu_tests.log" | cut -c1-220 | tail -60
+      $python - "$out" <<'EOF'
+import json, os, sys
+import xml.etree.ElementTree as tree
+import torch
+suite = tree.parse(f"{sys.argv[1]}/gpu_tests.xml").getroot()[0]
+cases = [(c.get("classname") + "::" + c.get("name"), c) for c in suite.iter("testcase")]
+record = {
+    "commit": os.environ["COMMIT"], "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+    **{k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")},
+    "seconds": float(suite.get("time")),
+    "failed": [n for n, c in cases if c.find("failure") is not None or c.find("error") is not None],
+}
+open(f"{sys.argv[1]}/gpu_tests.json", "w").write(json.dumps(record, indent=1) + "\n")
+EOF
+      ;;
+    bench)
+      $python bench/kernels.py --json "$out/kernels.json" || failed=1
+      ;;
+    decode)
+      $python bench/decode.py --json "$out/decode.json" || failed=1
+      ;;
+    sanitize)
+      compute-sanitizer --tool memcheck $python bench/sanitize.py > "$out/memcheck.log" 2>&1 ||
+        failed=1
+      compute-sanitizer --tool racecheck $python bench/sanitize.py attention sampling \
+        > "$out/racecheck.log" 2>&1 || failed=1
+      grep -ahE 'SUMMARY|^ran|Error|error' "$out/memcheck.log" "$out/racecheck.log" | sort | uniq -c |
+        head -20
+      ;;
+  esac
+  echo "== $part: $((SECONDS - started)) s"
+done
+exit $failed

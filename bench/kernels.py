@@ -1,0 +1,307 @@
+"""What does each CUDA kernel take, against the copy ceiling and against torch's own way?
+
+Sizes are those of LLaVA-1.5-7B in fp16. Each case runs inside a CUDA graph over rotating buffers
+that together outgrow the L2 cache (up to 32 of them: the small cases stay in it); the time is the
+median replay over the calls in it, launch gaps included. "torch" is plain torch for the same
+result, captured the same way; for attention that is scaled_dot_product_attention over dense keys
+and values, which need no paging.
+
+    python bench/kernels.py [--json PATH]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from llava_engine.kernels.activation import silu_mul
+from llava_engine.kernels.attention import attention_workspace, paged_attention
+from llava_engine.kernels.library import require_kernels
+from llava_engine.kernels.norm import add_rms_norm, rms_norm
+from llava_engine.kernels.projector import project
+from llava_engine.kernels.rope_kv import rope_append
+from llava_engine.kernels.sampling import sample
+
+HIDDEN, WIDE, HEADS, DIM, VOCAB, BLOCK = 4096, 11008, 32, 128, 32064, 64
+L2_BYTES = 50 << 20
+DEVICE = torch.device("cuda")
+
+Call = Callable[[], object]
+
+
+@dataclass
+class Case:
+    """One op at one size. make() gives a pair of calls, ours and torch's, on fresh buffers.
+
+    nbytes: the fewest bytes that must move. flops: the operations, where they are the limit.
+    """
+
+    name: str
+    nbytes: int
+    make: Callable[[], tuple[Call, Call]]
+    flops: int = 0
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=torch.float16)
+
+
+def replay_us(calls: list[Call]) -> float:
+    """Microseconds per call of a graph that makes all of them, the median of 15 replays."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(18):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / len(calls))
+    return statistics.median(times[3:])
+
+
+def copy_ceiling() -> float:
+    """GB/s of a large device copy, bytes read and written together."""
+    source = torch.empty(1 << 30, device=DEVICE, dtype=torch.uint8).random_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / replay_us([lambda: target.copy_(source)] * 4) / 1e3
+
+
+def norms(tokens: int) -> Iterator[Case]:
+    def make(add: bool) -> tuple[Call, Call]:
+        x, residual, weight = half(tokens, HIDDEN), half(tokens, HIDDEN), half(HIDDEN)
+        out = torch.empty_like(x)
+        if not add:
+            return (
+                lambda: rms_norm(out, x, weight, 1e-5),
+                lambda: F.rms_norm(x, (HIDDEN,), weight, 1e-5),
+            )
+        return (
+            lambda: add_rms_norm(out, residual, x, weight, 1e-5),
+            lambda: F.rms_norm(residual.add_(x), (HIDDEN,), weight, 1e-5),
+        )
+
+    row = 2 * tokens * HIDDEN
+    yield Case(f"rms_norm T={tokens}", 2 * row + 2 * HIDDEN, lambda: make(False))
+    yield Case(f"add_rms_norm T={tokens}", 4 * row + 2 * HIDDEN, lambda: make(True))
+
+
+def activation(tokens: int) -> Case:
+    def make() -> tuple[Call, Call]:
+        gate_up, out = half(tokens, 2 * WIDE), half(tokens, WIDE)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return lambda: silu_mul(out, gate_up), lambda: F.silu(gate) * up
+
+    return Case(f"silu_mul T={tokens}", 6 * tokens * WIDE, make)
+
+
+def rope(tokens: int) -> Case:
+    def make() -> tuple[Call, Call]:
+        fused = half(tokens, 3 * HEADS, DIM)
+        q, k, v = fused.chunk(3, dim=1)
+        blocks = -(-tokens // BLOCK)
+        k_cache, v_cache = half(blocks, HEADS, BLOCK, DIM), half(blocks, HEADS, BLOCK, DIM)
+        cos_sin = torch.randn(4096, DIM, device=DEVICE)
+        positions = torch.arange(tokens, device=DEVICE)
+        slots = torch.randperm(blocks * BLOCK, device=DEVICE)[:tokens]
+
+        def plain() -> None:
+            cos, sin = cos_sin[positions].half().unsqueeze(1).chunk(2, dim=-1)
+            for x in (q, k):
+                left, right = x.chunk(2, dim=-1)
+                x.copy_(torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1))
+            block, offset = slots // BLOCK, slots % BLOCK
+            k_cache[block, :, offset] = k
+            v_cache[block, :, offset] = v
+
+        return (
+            lambda: rope_append(q, k, v, cos_sin, positions, slots, k_cache, v_cache),
+            plain,
+        )
+
+    return Case(f"rope_append T={tokens}", 2 * tokens * HEADS * DIM * 7, make)
+
+
+def attention(sequences: int, new: int, context: int, kv_heads: int = HEADS) -> Case:
+    """Dense keys for torch: [sequences, kv_heads, context, DIM], causal at the end."""
+
+    def make() -> tuple[Call, Call]:
+        blocks = -(-context // BLOCK)
+        k_cache, v_cache = (half(sequences * blocks, kv_heads, BLOCK, DIM) for _ in range(2))
+        order = torch.randperm(sequences * blocks, device=DEVICE).int()
+        q = half(sequences * new, HEADS, DIM)
+        out = torch.empty_like(q)
+        starts = (torch.arange(sequences + 1, device=DEVICE) * new).int()
+        contexts = torch.full((sequences,), context, dtype=torch.int32, device=DEVICE)
+        table = order.view(sequences, blocks)
+        workspace = attention_workspace(HEADS, kv_heads, DIM, DEVICE)
+        k, v = (half(sequences, kv_heads, context, DIM) for _ in range(2))
+        dense = q.view(sequences, new, HEADS, DIM).transpose(1, 2)
+        causal = new == context
+        mask = None
+        if 1 < new < context:
+            mask = torch.ones(new, context, dtype=torch.bool, device=DEVICE).tril(context - new)
+        return (
+            lambda: paged_attention(
+                out, q, k_cache, v_cache, table, starts, contexts, workspace, new, DIM**-0.5
+            ),
+            lambda: F.scaled_dot_product_attention(
+                dense, k, v, attn_mask=mask, is_causal=causal, enable_gqa=kv_heads != HEADS
+            ),
+        )
+
+    seen = new * context - new * (new - 1) // 2
+    name = f"attention S={sequences} new={new} context={context}"
+    nbytes = 4 * sequences * DIM * (kv_heads * context + HEADS * new)
+    flops = 4 * sequences * seen * HEADS * DIM
+    return Case(f"{name} kv_heads={kv_heads}", nbytes, make, flops)
+
+
+def projector(rows: int) -> Case:
+    def make() -> tuple[Call, Call]:
+        features, w1, w2 = half(rows, 1024), half(HIDDEN, 1024), half(HIDDEN, HIDDEN)
+        b1, b2, out = half(HIDDEN), half(HIDDEN), half(rows, HIDDEN)
+        return (
+            lambda: project(out, features, w1, b1, w2, b2),
+            lambda: out.copy_(F.linear(F.gelu(F.linear(features, w1, b1)), w2, b2)),
+        )
+
+    weights = HIDDEN * (1024 + HIDDEN)
+    nbytes = 2 * (weights + rows * (1024 + 3 * HIDDEN))
+    return Case(f"project N={rows}", nbytes, make, 2 * rows * weights)
+
+
+def sampling(rows: int, temperature: float, top_k: int, top_p: float) -> Case:
+    def make() -> tuple[Call, Call]:
+        logits = 3 * torch.randn(rows, VOCAB, device=DEVICE)
+        out = torch.empty(rows, dtype=torch.int64, device=DEVICE)
+        ones = torch.ones(rows, device=DEVICE)
+        integers = torch.arange(rows, device=DEVICE)
+
+        def plain() -> torch.Tensor:
+            if temperature == 0:
+                return logits.argmax(dim=-1)
+            scores = logits / temperature
+            if top_k:
+                scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
+            if top_p < 1:
+                ranked, order = scores.sort(dim=-1)
+                dropped = ranked.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+                scores = scores.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
+            noise = torch.empty_like(scores).exponential_()
+            return (scores.softmax(dim=-1) / noise).argmax(dim=-1)
+
+        return (
+            lambda: sample(
+                out,
+                logits,
+                *columns,
+                ones,
+                None,
+                integers,
+                integers,
+            ),
+            plain,
+        )
+
+    columns = (
+        torch.full((rows,), temperature, device=DEVICE),
+        torch.full((rows,), top_k, dtype=torch.int32, device=DEVICE),
+        torch.full((rows,), top_p, device=DEVICE),
+    )
+    name = f"sample R={rows} temperature={temperature} top_k={top_k} top_p={top_p}"
+    return Case(name, 4 * rows * VOCAB, make)
+
+
+def cases() -> Iterator[Case]:
+    for tokens in (1, 64, 620):
+        yield from norms(tokens)
+        yield activation(tokens)
+        yield rope(tokens)
+    for sequences, context in ((1, 665), (1, 4096), (2, 665), (8, 665), (64, 665)):
+        yield attention(sequences, 1, context)
+    yield attention(8, 1, 2048, kv_heads=8)
+    yield attention(1, 620, 620)
+    yield attention(4, 620, 620)
+    yield attention(1, 512, 1536)
+    yield attention(1, 620, 620, kv_heads=8)
+    yield projector(576)
+    for rows in (1, 64):
+        yield sampling(rows, 0.0, 0, 1.0)
+        yield sampling(rows, 1.0, 0, 1.0)
+        yield sampling(rows, 0.7, 50, 0.9)
+
+
+def measure(case: Case, ceiling: float) -> dict[str, float | str]:
+    count = max(4, min(32, 3 * L2_BYTES // case.nbytes + 1))
+    pairs = [case.make() for _ in range(count)]
+    ours = replay_us([pair[0] for pair in pairs])
+    again = replay_us([pair[0] for pair in pairs])
+    plain = replay_us([pair[1] for pair in pairs])
+    rate = case.nbytes / ours / 1e3
+    return {
+        "case": case.name,
+        "us": ours,
+        "us_again": again,
+        "torch_us": plain,
+        "gb_per_s": rate,
+        "share_of_copy_ceiling": rate / ceiling,
+        "tflop_per_s": case.flops / ours / 1e6,
+    }
+
+
+def main() -> None:
+    """Print one line per case; write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    require_kernels(DEVICE)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        ceiling = copy_ceiling()
+        print(f"{torch.cuda.get_device_name()}: copy {ceiling:.0f} GB/s")
+        rows = []
+        for case in cases():
+            row = measure(case, ceiling)
+            rows.append(row)
+            print(
+                f"{row['case']:<52} {row['us']:8.2f} us ({row['us_again']:.2f})"
+                f" {row['gb_per_s']:6.0f} GB/s {100 * row['share_of_copy_ceiling']:4.0f} %"
+                f" {row['tflop_per_s']:5.0f} TFLOP/s   torch {row['torch_us']:8.2f} us",
+                flush=True,
+            )
+    if arguments.json:
+        record = {
+            "commit": os.environ.get("COMMIT") or _commit(),
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "copy_gb_per_s": ceiling,
+            "rows": rows,
+        }
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _commit() -> str:
+    git = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Runs every CUDA kernel a few times at small sizes, for compute-sanitizer to watch.
+
+compute-sanitizer --tool memcheck python bench/sanitize.py
+compute-sanitizer --tool racecheck python bench/sanitize.py attention sampling
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from llava_engine.kernels.activation import silu_mul
+from llava_engine.kernels.attention import attention_workspace, paged_attention
+from llava_engine.kernels.library import require_kernels
+from llava_engine.kernels.norm import add_rms_norm, rms_norm
+from llava_engine.kernels.projector import project
+from llava_engine.kernels.rope_kv import rope_append
+from llava_engine.kernels.sampling import sample
+
+GPU = torch.device("cuda")
+TYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def norms() -> None:
+    for dtype in TYPES:
+        for hidden in (200, 33):
+            x = torch.ones(3, hidden, device=GPU, dtype=dtype)
+            rms_norm(torch.empty_like(x), x, x[0], 1e-5)
+            add_rms_norm(torch.empty_like(x), x.clone(), x, x[0], 1e-5)
+
+
+def activations() -> None:
+    for dtype in TYPES:
+        for wide in (200, 33):
+            gate_up = torch.ones(3, 2 * wide, device=GPU, dtype=dtype)
+            silu_mul(gate_up.new_empty(3, wide), gate_up)
+
+
+def ropes() -> None:
+    rows = torch.arange(5, device=GPU)
+    for dtype in TYPES:
+        for dim in (32, 12):
+            q, k = (torch.ones(5, heads, dim, device=GPU, dtype=dtype) for heads in (4, 2))
+            cache = q.new_zeros(3, 2, 2, dim)
+            rope_append(q, k, k.clone(), torch.ones(5, dim, device=GPU), rows, rows, cache, cache)
+
+
+def projectors() -> None:
+    for dtype in TYPES:
+        x = torch.ones(7, 24, device=GPU, dtype=dtype)
+        weight = torch.ones(24, 24, device=GPU, dtype=dtype)
+        project(torch.empty_like(x), x, weight, weight[0], weight, None)
+
+
+def attentions() -> None:
+    lengths = [(1, 77), (1, 0), (70, 140), (2, 5), (1, 300), (0, 0)]
+    contexts = torch.tensor([context for _, context in lengths], device=GPU).int()
+    rows = torch.tensor([0] + [new for new, _ in lengths], device=GPU).cumsum(0).int()
+    table = torch.arange(6 * 19, device=GPU).int().view(6, 19)
+    for dtype in TYPES:
+        for heads, kv_heads, dim in ((4, 4, 128), (4, 2, 64), (3, 1, 32), (2, 2, 256), (2, 1, 12)):
+            q = torch.ones(int(rows[-1]), heads, dim, device=GPU, dtype=dtype)
+            cache = q.new_ones(6 * 19, kv_heads, 16, dim)
+            workspace = attention_workspace(heads, kv_heads, dim, GPU)
+            out = torch.empty_like(q)
+            paged_attention(out, q, cache, cache, table, rows, contexts, workspace, 70, 0.1)
+
+
+def samplings() -> None:
+    logits = torch.randn(8, 3001, device=GPU)
+    logits[4:] = logits[4:].round()
+    ones = torch.ones(8, device=GPU)
+    rows = torch.arange(8, device=GPU)
+    sample(
+        torch.empty(8, dtype=torch.int64, device=GPU),
+        logits,
+        torch.tensor([0.0, 1, 1, 1, 1, 0.5, 1, 1], device=GPU),
+        torch.tensor([0, 0, 5, 0, 9, 0, 7, 0], device=GPU).int(),
+        torch.tensor([1, 1, 1, 0.9, 1, 0.3, 0.8, 0.6], device=GPU),
+        ones * 1.2,
+        logits > 1,
+        rows,
+        rows,
+    )
+
+
+GROUPS = {
+    "norm": norms,
+    "activation": activations,
+    "rope": ropes,
+    "projector": projectors,
+    "attention": attentions,
+    "sampling": samplings,
+}
+
+
+def main() -> None:
+    """Run the groups that are named, or all."""
+    require_kernels(GPU)
+    for name in sys.argv[1:] or GROUPS:
+        GROUPS[name]()
+    torch.cuda.synchronize()
+    print("ran", *(sys.argv[1:] or GROUPS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""DeviceRuntime on the GPU, with its own kernels, against transformers on the same GPU.
+
+Tokens must be the same, or part first at a near tie: where the oracle's two best logits lie closer
+together than the two implementations' measured errors on both can move them.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import make_checkpoint
+from support.gpu import NEEDS_GPU
+from support.paged import Prompt, greedy
+from transformers import LlavaForConditionalGeneration
+
+from llava_engine import EngineConfig, FinishReason, SamplingParams
+from llava_engine.errors import KernelsNotBuilt, LlavaError
+from llava_engine.kernels import library
+from llava_engine.kernels.library import require_kernels
+from llava_engine.network.llava import LlavaModel
+from llava_engine.network.weights import load_model
+from llava_engine.runtime.runtime import DeviceRuntime
+from llava_engine.runtime.sequence import Picture, Sequence
+from llava_engine.text.prompt import placeholder_ids
+
+pytestmark = NEEDS_GPU
+
+GPU = torch.device("cuda")
+NEW_TOKENS = 24
+
+
+class Sink:
+    """A reader that waits for the end and may lose interest after some tokens."""
+
+    def __init__(self, cancel_after: int | None = None) -> None:
+        self.cancel_after = cancel_after
+        self.cancelled = cancel_after == 0
+        self.cached = 0
+        self.tokens: list[int] = []
+        self.ended = threading.Event()
+        self.error: LlavaError | None = None
+
+    def start(self, cached_tokens: int) -> None:
+        self.cached = cached_tokens
+
+    def put(self, token_id: int) -> None:
+        self.tokens.append(token_id)
+        if self.cancel_after is not None and len(self.tokens) >= self.cancel_after:
+            self.cancelled = True
+
+    def finish(self, reason: FinishReason) -> None:
+        self.ended.set()
+
+    def fail(self, error: LlavaError) -> None:
+        self.error = error
+        self.ended.set()
+
+    def wait(self) -> list[int]:
+        assert self.ended.wait(120), "the stream hangs"
+        if self.error is not None:
+            raise self.error
+        return self.tokens
+
+
+@dataclass
+class World:
+    """A random tiny LLaVA twice on the GPU: ours, and transformers' as the oracle."""
+
+    ours: LlavaModel
+    theirs: LlavaForConditionalGeneration
+    pictures: list[np.ndarray]
+    error: float = 0.0
+    """The largest difference of any logit between the two, on the same tokens."""
+
+    def sequence(self, picture: int | None, question: list[int], sink: Sink) -> Sequence:
+        length = self.ours.config.image_tokens
+        ids, pictures = [1], ()
+        if picture is not None:
+            key = picture.to_bytes(16, "big")
+            ids += placeholder_ids(key, length)
+            pictures = (Picture(key, 1, length, self.pictures[picture]),)
+        sampling = SamplingParams(ignore_eos=True)
+        return Sequence(
+            ids + question, pictures, sampling, NEW_TOKENS, frozenset({2}), sink, seed=0
+        )
+
+    def prompt(self, picture: int | None, question: list[int]) -> Prompt:
+        if picture is None:
+            return Prompt([1, *question])
+        config = self.ours.config
+        image = [config.image_token_id] * config.image_tokens
+        pixels = torch.from_numpy(self.pictures[picture])[None]
+        return Prompt([1, *image, *question], pixels)
+
+    @torch.inference_mode()
+    def oracle(self, prompt: Prompt, continuation: list[int]) -> torch.Tensor:
+        """The oracle's logits [len(continuation), vocab] for each next token."""
+        ids = torch.tensor([prompt.token_ids], device=GPU)
+        following = torch.tensor([continuation], dtype=torch.int64, device=GPU)
+        embed = self.theirs.get_input_embeddings()
+        embeds = embed(torch.cat((ids, following), dim=1))
+        if prompt.pixels is not None:
+            pixels = prompt.pixels.to(GPU, self.theirs.dtype)
+            features = torch.cat(list(self.theirs.get_image_features(pixels).pooler_output))
+            place = ids[0] == self.theirs.config.image_token_index
+            embeds[0, : ids.shape[1]][place] = features.to(embeds.dtype)
+        logits = self.theirs(inputs_embeds=embeds).logits[0, ids.shape[1] - 1 : -1]
+        return logits.float()
+
+    def measure(self, asked: list[tuple[int | None, list[int]]]) -> None:
+        """Set `error`, teacher-forced on our own tokens."""
+        for picture, question in asked:
+            prompt = self.prompt(picture, question)
+            (mine,) = greedy(self.ours, [prompt], NEW_TOKENS, block_size=16)
+            theirs = self.oracle(prompt, mine.token_ids)
+            difference = (torch.stack(mine.logits) - theirs).abs().max()
+            self.error = max(self.error, float(difference))
+
+    def agrees(self, picture: int | None, question: list[int], tokens: list[int]) -> bool:
+        """Whether `tokens` are the oracle's greedy ones; False after a near tie, and an
+        AssertionError where they part at anything else."""
+        logits = self.oracle(self.prompt(picture, question), tokens)
+        best = logits.argmax(dim=-1).tolist()
+        for place, (ours, theirs) in enumerate(zip(tokens, best, strict=True)):
+            if ours != theirs:
+                gap = float(logits[place, theirs] - logits[place, ours])
+                assert gap <= 2 * self.error, f"token {place}: {gap} apart, error {self.error}"
+                return False
+        return True
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    directory: Path = tmp_path_factory.mktemp("model")
+    make_checkpoint(directory, seed=3, text_config={"head_dim": 16})
+    dtype: torch.dtype = request.param
+    theirs = LlavaForConditionalGeneration.from_pretrained(directory, dtype=dtype).eval().to(GPU)
+    ours = load_model(directory, device=GPU, dtype=dtype)
+    side = ours.config.vision.image_size
+    generator = np.random.default_rng(0)
+    pictures = [generator.standard_normal((3, side, side), dtype=np.float32) for _ in range(6)]
+    made = World(ours, theirs, pictures)
+    made.measure(questions(7, 8))
+    assert made.error < {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 1.0}[dtype]
+    return made
+
+
+@pytest.fixture
+def runtime(world: World) -> Iterator[DeviceRuntime]:
+    yield from running(world)
+
+
+def running(world: World, **options: object) -> Iterator[DeviceRuntime]:
+    config = EngineConfig(
+        device="cuda", **{"block_size": 16, "prefill_chunk": 40, "max_batch": 32, **options}
+    )
+    if config.kernels == "auto":
+        require_kernels(GPU)
+    made = DeviceRuntime(world.ours, device=GPU, config=config)
+    made.add_worker("one", 400 * made.kv_block_bytes)
+    yield made
+    made.close()
+
+
+def questions(seed: int, count: int) -> list[tuple[int | None, list[int]]]:
+    chance = random.Random(seed)
+    return [
+        (
+            chance.choice([None, 0, 0, 1, 2, 3, 4, 5]),
+            [chance.randrange(3, 400) for _ in range(chance.randint(1, 30))],
+        )
+        for _ in range(count)
+    ]
+
+
+def settled(runtime: DeviceRuntime) -> None:
+    deadline = time.monotonic() + 30
+    while runtime.load() and time.monotonic() < deadline:
+        runtime.wake()
+        time.sleep(0.005)
+    assert runtime.load() == 0
+    assert runtime.num_free_blocks == runtime.num_blocks
+
+
+def test_batched_and_alone_are_transformers(world: World, runtime: DeviceRuntime) -> None:
+    asked = questions(random.SystemRandom().randrange(1 << 30), 32)
+    print("asked", asked)
+    world.measure(asked)
+    sinks = [Sink() for _ in asked]
+    for (picture, question), sink in zip(asked, sinks, strict=True):
+        runtime.submit(world.sequence(picture, question, sink))
+    same = [world.agrees(*request, sink.wait()) for request, sink in zip(asked, sinks, strict=True)]
+    settled(runtime)
+    print("same", sum(same), "of", len(same), "error", world.error)
+    for request in asked[:6]:
+        alone = Sink()
+        runtime.submit(world.sequence(*request, alone))
+        world.agrees(*request, alone.wait())
+
+
+def test_a_prefix_hit_is_as_a_cold_run(world: World, runtime: DeviceRuntime) -> None:
+    asked: list[tuple[int, list[int]]] = [(0, [20, 11, 12]), (0, [30, 11, 12])]
+    world.measure(asked)
+    cold, warm = Sink(), Sink()
+    runtime.submit(world.sequence(*asked[0], cold))
+    world.agrees(*asked[0], cold.wait())
+    runtime.submit(world.sequence(*asked[1], warm))
+    world.agrees(*asked[1], warm.wait())
+    assert cold.cached == 0
+    assert warm.cached == (1 + world.ours.config.image_tokens) // 16 * 16
+
+
+def test_an_abort_storm_leaves_no_block_and_no_memory(world: World, runtime: DeviceRuntime) -> None:
+    def storm(count: int) -> None:
+        chance = random.Random(5)
+        sinks = []
+        for index in range(count):
+            sink = Sink(None if index % 50 == 0 else chance.choice([0, 1, 2, 3]))
+            question = [chance.randrange(3, 400)]
+            runtime.submit(world.sequence(chance.choice([0, 1, 2]), question, sink))
+            sinks.append(sink)
+        for sink in sinks:
+            sink.wait()
+        settled(runtime)
+
+    storm(20)  # the pictures that are kept, and torch's own first allocations
+    gc.collect()
+    torch.cuda.synchronize()
+    before, threads = torch.cuda.memory_allocated(), threading.active_count()
+    storm(500)
+    gc.collect()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+    assert threading.active_count() == threads
+
+
+def test_references_run_where_asked_and_nowhere_else(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without a library only kernels="reference" runs; nothing falls back by itself."""
+    request = (0, [20, 11, 12])
+    world.measure([request])
+    for auto in running(world):
+        monkeypatch.setattr(library, "_loaded", False)
+        monkeypatch.setattr(library, "LIBRARY", tmp_path / "none.so")
+        for slow in running(world, kernels="reference"):
+            sink = Sink()
+            slow.submit(world.sequence(*request, sink))
+            world.agrees(*request, sink.wait())
+        sink = Sink()
+        auto.submit(world.sequence(*request, sink))
+        with pytest.raises(KernelsNotBuilt):
+            sink.wait()
+        monkeypatch.undo()
+        sink = Sink()
+        auto.submit(world.sequence(*request, sink))
+        world.agrees(*request, sink.wait())
