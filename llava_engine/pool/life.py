@@ -78,7 +78,15 @@ class Life:
                 raise shutting_down()
             worker.become(WorkerState.LOADING)
             site = self._state.models[worker.registry_key].sites.get(worker.device)
-            return site.backend if site is not None and not site.dead else None
+            if site is None:
+                return None
+            # From now on the backend is not closed before this worker has left, too.
+            site.workers.add(worker)
+            if site.dead:  # asked after joining: `Site.fail` runs without the lock
+                site.workers.discard(worker)
+                return None
+            self._sites[worker] = site
+            return site.backend
 
     def worker_loaded(self, worker: Worker, backend: Backend) -> bool:
         """See Owner."""
@@ -88,21 +96,18 @@ class Life:
             if worker.state is not WorkerState.LOADING or state.closing:
                 return False
             model = state.models[worker.registry_key]
-            site = model.sites.get(worker.device)
-            new = site is None or site.backend is not backend
-            if site is None or site.backend is not backend:
+            site = self._sites.get(worker)
+            joined = site is not None
+            if site is None:
                 host_mb = state.ledger.host_mb(worker)
-                site = model.sites[worker.device] = Site(worker.device, backend, host_mb)
-            site.workers.add(worker)
-            if site.dead:
-                worker.fail(WorkerDied("The model died while this worker joined it."))
-            self._sites[worker] = site
+                site = Site(worker.device, backend, host_mb, {worker})
+                model.sites[worker.device] = self._sites[worker] = site
             state.ledger.release(worker)
             state.ledger.measure(site, Placement(site.device, measured, site.host_mb))
             worker.backend = backend
             worker.become(WorkerState.READY)
             worker.idle_since = state.clock()
-        if new:
+        if not joined:
             backend.on_death(site.fail)
         worker.end_loading(None)
         return True

@@ -85,7 +85,7 @@ class Owner(Protocol):
     """Whom a worker reports to, from its own thread."""
 
     def worker_loading(self, worker: Worker) -> Backend | None:
-        """The thread runs; returns the model if the device has it already."""
+        """The thread runs; returns the model if the device has it, and the worker shares it."""
 
     def worker_loaded(self, worker: Worker, backend: Backend) -> bool:
         """The worker can take requests; False if nobody waits for it any more."""
@@ -178,9 +178,7 @@ class Worker:
             raise
         if owner.worker_loaded(self, backend):
             return True
-        if shared:
-            backend.remove_worker(self.name)
-        else:
+        if not shared:
             backend.close()
         return False
 

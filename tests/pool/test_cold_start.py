@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
@@ -145,10 +146,21 @@ def test_a_failed_spawn_reaches_all_who_wait_and_the_next_request_tries_again() 
 
 
 def test_a_checkpoint_that_is_broken_says_so_itself() -> None:
+    gate = threading.Event()
+
+    def loader(device, check):
+        assert gate.wait(20)
+        raise WeightsError("the checkpoint lacks tensor x")
+
     with make_pool() as pool:
-        pool.add_model(FakeModel(WeightsError("the checkpoint lacks tensor x")).spec())
-        with pytest.raises(WeightsError, match="lacks tensor x"):
-            ask(pool).text()
+        pool.add_model(dataclasses.replace(FakeModel().spec(), loader=loader))
+        streams = [ask(pool) for _ in range(8)]
+        gate.set()
+        for stream in streams:
+            with pytest.raises(WeightsError, match="lacks tensor x"):
+                stream.text()
+        wait_for(pool, lambda: not model_of(pool).spawning)
+        assert model_of(pool).breaker.state == "closed"  # it failed once, not eight times
 
 
 @pytest.mark.parametrize("fault", [MemoryError(), MemoryExhausted("no room for the weights")])

@@ -247,6 +247,35 @@ def test_a_backend_that_dies_takes_all_its_workers_along() -> None:
         assert len(model.loads) == 2 and model_of(pool).breaker.state == "closed"
 
 
+@pytest.mark.parametrize("how", ["the first worker", "the backend"])
+def test_what_dies_while_a_second_worker_joins(how: str) -> None:
+    """The joining worker keeps the model alive, or goes with it; it never serves a closed one."""
+    model = FakeModel(share=10)
+    with make_pool() as pool:
+        pool.spawn_vision_worker("fake", model, 100).result(20)
+        backend, (first,) = model.backend, model_of(pool).workers
+        add = backend.add_worker
+
+        def add_worker(name: str) -> None:
+            if how == "the backend":
+                backend.die(RuntimeError("planted"))
+            else:
+                first.fail(RuntimeError("planted"))
+            wait_for(pool, lambda: first not in model_of(pool).workers)
+            add(name)
+
+        backend.add_worker = add_worker
+        second = pool.spawn_vision_worker("fake", model, 100)
+        second.exception(20)
+        if how == "the backend":
+            wait_for(pool, lambda: not model_of(pool).workers)
+            assert backend.closed and pool.total_memory_mb() == 0
+        else:
+            assert second.exception() is None and not backend.closed
+            assert pool.total_memory_mb() == 10
+        assert ask(pool).text() == "7"
+
+
 def test_idle_workers_are_evicted_down_to_the_minimum() -> None:
     clock, model = Clock(), FakeModel(weights=100, share=10)
     with warm(model, clock, min_workers=1) as pool:
