@@ -9,9 +9,9 @@ import time
 import pytest
 from support.pool_fakes import (
     GB,
-    PICTURE,
     FakeModel,
     FakeProbe,
+    ask,
     error_of,
     make_pool,
     model_of,
@@ -30,10 +30,6 @@ from llava_engine.errors import (
 )
 from llava_engine.pool.sizing import DeviceMemory
 from llava_engine.pool.worker import WorkerState
-
-
-def ask(pool: WorkerPool, key: str = "fake", **options: object):
-    return pool.describe_image(key, PICTURE, "What?", **options)
 
 
 def devices(pool: WorkerPool, key: str = "fake") -> list[str]:

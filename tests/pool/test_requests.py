@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import threading
 import time
 
-import prometheus_client
 import pytest
 from support.pool_fakes import (
     PICTURE,
     Clock,
     FakeModel,
-    FakeProbe,
+    ask,
     error_of,
     make_pool,
     model_of,
     wait_for,
+    warm,
 )
 
-from llava_engine import WorkerPool
 from llava_engine.errors import (
     CircuitOpen,
     FetchTimeout,
@@ -29,25 +25,8 @@ from llava_engine.errors import (
     PoolOverloaded,
     RequestFailed,
     RequestTimeout,
-    ShuttingDown,
     WorkerDied,
 )
-
-
-def ask(pool: WorkerPool, **options: object):
-    return pool.describe_image("fake", PICTURE, "What?", **options)
-
-
-def warm(model: FakeModel, clock: Clock | None = None, **config: object) -> WorkerPool:
-    """A pool whose workers are up; held backends come up empty."""
-    pool = make_pool(FakeProbe(), clock, **config)
-    pool.add_model(model.spec(following=10))
-    hold, model.options["hold"] = model.options.get("hold", False), False
-    assert ask(pool).text() == "7"
-    model.backend.hold = hold
-    model.options["hold"] = hold
-    wait_for(pool, lambda: not model_of(pool).live)
-    return pool
 
 
 def test_a_full_queue_refuses_at_once_and_before_any_fetch() -> None:
@@ -329,118 +308,3 @@ def test_one_more_worker_when_all_are_busy_and_requests_wait() -> None:
         assert not model_of(pool).spawning  # max_workers
         model.backend.release()
         assert first.text() == second.text() == third.text() == "7"
-
-
-def test_shutdown_lets_requests_end_and_refuses_new_ones() -> None:
-    model = FakeModel(hold=True)
-    pool = warm(model)
-    stream = ask(pool)
-    model.backend.await_held(1)
-    done = threading.Thread(target=pool.shutdown, args=(20,))
-    done.start()
-    wait_for(pool, lambda: pool._state.closing)
-    assert isinstance(error_of(ask(pool)), ShuttingDown)
-    model.backend.release()
-    assert stream.text() == "7"
-    done.join(20)
-    assert not [t for t in threading.enumerate() if t.name.startswith("llava-")]
-    assert model.backend.closed and pool.total_memory_mb() == 0
-    pool.shutdown()
-    assert pool.health()["status"] == "closing"
-
-
-def test_shutdown_ends_what_does_not_end_by_itself() -> None:
-    gate = threading.Event()
-    model = FakeModel(hold=True)
-    pool = warm(model)
-    pool.add_model(FakeModel(gate).spec("loading"))
-    streams = [ask(pool) for _ in range(4)]
-    streams.append(pool.describe_image("loading", PICTURE, "What?"))
-    model.backend.await_held(4)
-    model.backend.fetch_gate.clear()
-    streams.append(pool.describe_url("fake", "http://x.example/", "What?"))
-    assert model.backend.fetching.acquire(timeout=20)
-    threading.Timer(0.05, lambda: (gate.set(), model.backend.fetch_gate.set())).start()
-    pool.shutdown(0)
-    errors = [error_of(stream) for stream in streams]
-    assert [type(error) for error in errors] == [ShuttingDown] * 6
-    assert len({id(error) for error in errors}) == 6
-    assert not [t for t in threading.enumerate() if t.name.startswith("llava-")]
-    assert pool.total_memory_mb() == 0
-
-
-def test_a_pool_that_was_never_used_shuts_down_too() -> None:
-    pool = make_pool()
-    assert pool.health() == {"status": "ok", "total_memory_mb": 0, "devices": {}, "models": {}}
-    pool.shutdown()
-
-
-def test_an_event_loop_is_not_blocked() -> None:
-    gate = threading.Event()
-    model = FakeModel(gate)
-
-    async def run(pool: WorkerPool) -> list[str]:
-        streams = [ask(pool) for _ in range(50)]
-        tasks = [asyncio.create_task(stream.atext()) for stream in streams]
-        await asyncio.sleep(0)
-        assert not any(task.done() for task in tasks)  # the loop runs, and the model loads
-        gate.set()
-        return await asyncio.gather(*tasks)
-
-    with make_pool() as pool:
-        pool.add_model(model.spec())
-        assert asyncio.run(run(pool)) == ["7"] * 50
-
-
-def test_arguments_are_judged_at_the_call() -> None:
-    with make_pool() as pool:
-        for options, error in (
-            ({"timeout": "1"}, TypeError),
-            ({"timeout": 0}, ValueError),
-            ({"timeout": float("nan")}, ValueError),
-            ({"priority": 1.5}, TypeError),
-            ({"cache_salt": b"x"}, TypeError),
-        ):
-            with pytest.raises(error):
-                ask(pool, **options)
-        with pytest.raises(TypeError):
-            pool.describe_image("fake", 5, "What?")
-        with pytest.raises(TypeError):
-            pool.describe_image("fake", PICTURE, None)
-        with pytest.raises(TypeError):
-            pool.describe_url("fake", b"http://x.example", "What?")
-
-
-def test_health_is_json_and_metrics_count_what_happened() -> None:
-    model = FakeModel(hold=True, share=10)
-    with warm(model) as pool:
-        registry = prometheus_client.CollectorRegistry()
-        pool.attach_metrics(registry)
-        model.backend.error = lambda request: (
-            ImageDecodeError("x") if request.query == "bad" else None
-        )
-        assert error_of(pool.describe_image("fake", PICTURE, "bad"))
-        stream = ask(pool)
-        model.backend.await_held(1)
-        health = pool.health()["models"]["fake"]
-        assert health["queue_depth"] == 1 and health["state"] == "processing"
-        text = prometheus_client.generate_latest(registry).decode()
-        assert 'llava_engine_queue{model="fake"} 1.0' in text
-        model.backend.release()
-        assert stream.text() == "7"
-        wait_for(pool, lambda: not model_of(pool).live)
-        health = json.loads(json.dumps(pool.health()))["models"]["fake"]
-        assert health["queue_depth"] == health["running"] == 0
-        assert health["outcomes"] == {"stop": 2, "ImageDecodeError": 1}
-        assert health["latency"]["total"]["p95"] >= health["latency"]["first_token"]["p50"] > 0
-        text = prometheus_client.generate_latest(registry).decode()
-        for line in (
-            'llava_engine_requests_total{model="fake",outcome="stop"} 1.0',
-            'llava_engine_requests_total{model="fake",outcome="ImageDecodeError"} 1.0',
-            'llava_engine_tokens_total{model="fake"} 1.0',
-            'llava_engine_first_token_seconds_count{model="fake"} 1.0',
-            'llava_engine_workers{model="fake",state="ready"} 2.0',
-            'llava_engine_memory_bytes{device="cpu",kind="used"} 2.097152e+07',
-        ):
-            assert line in text, line
-    assert prometheus_client.generate_latest(registry) == b""

@@ -199,3 +199,20 @@ def error_of(stream: object) -> LlavaError | None:
     except LlavaError as error:
         return error
     return None
+
+
+def ask(pool: WorkerPool, key: str = "fake", **options: object):
+    """A request about a picture."""
+    return pool.describe_image(key, PICTURE, "What?", **options)
+
+
+def warm(model: FakeModel, clock: Clock | None = None, **config: object) -> WorkerPool:
+    """A pool whose workers are up; held backends come up empty."""
+    pool = make_pool(FakeProbe(), clock, **config)
+    pool.add_model(model.spec(following=10))
+    hold, model.options["hold"] = model.options.get("hold", False), False
+    assert ask(pool).text() == "7"
+    model.backend.hold = hold
+    model.options["hold"] = hold
+    wait_for(pool, lambda: not model_of(pool).live)
+    return pool
