@@ -47,7 +47,7 @@ __global__ __launch_bounds__(kWarps* kWarp) void plain_kernel(AttentionArguments
     int64_t offset = 0;
     float score = -INFINITY;
     if (key < keys) {
-      offset = cache_offset(a, table, kv_head, key);
+      offset = cache_offset(a, table[block_of(a, key)], kv_head, key);
       score = 0.0f;
       for (int d = 0; d < a.dim; ++d) score += query[d] * to_float(k_cache[offset + d]);
     }
@@ -109,6 +109,9 @@ void paged_attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tenso
   check_column(context_lens, ScalarType::Int, sequences, "context_lens");
   check_dense(workspace, "workspace");
   check_type(workspace, ScalarType::Float, "workspace");
+  const uint64_t block_size = k_cache.size(2);
+  STD_TORCH_CHECK(block_table.size(1) * block_size * block_size < 1ull << 32,
+                  "so long a context is not implemented with blocks of this size");
   if (tokens == 0) return;
 
   const AttentionArguments arguments{
@@ -125,8 +128,9 @@ void paged_attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tenso
       static_cast<int>(heads),
       static_cast<int>(kv_heads),
       static_cast<int>(dim),
-      static_cast<int>(k_cache.size(2)),
+      static_cast<int>(block_size),
       static_cast<int>(block_table.size(1)),
+      ((1ull << 32) + block_size - 1) / block_size,
       static_cast<float>(scale * 1.44269504088896340736),
   };
   const Launch to(q);

@@ -15,14 +15,20 @@ struct AttentionArguments {
   const int32_t* context_lens;  // [sequences]
   int64_t q_stride;
   int tokens, sequences, heads, kv_heads, dim, block_size, max_blocks;
+  uint64_t block_magic;  // ceil(2^32 / block_size)
   float scale_log2;  // the scores' factor, times log2(e): the kernels use exp2
 };
 
-// Where the row of `key` begins in k_cache and v_cache. table: the sequence's row of block_table.
-__device__ inline int64_t cache_offset(const AttentionArguments& a, const int32_t* table,
-                                       int kv_head, int key) {
-  const int64_t block = table[key / a.block_size];
-  return ((block * a.kv_heads + kv_head) * a.block_size + key % a.block_size) * a.dim;
+// key / block_size by a product: exact while key * block_size < 2^32, which the op checks.
+__device__ inline int block_of(const AttentionArguments& a, int key) {
+  return static_cast<int>(static_cast<uint32_t>(key) * a.block_magic >> 32);
+}
+
+// Where the row of `key`, which is in `block` of the cache, begins in k_cache and v_cache.
+__device__ inline int64_t cache_offset(const AttentionArguments& a, int64_t block, int kv_head,
+                                       int key) {
+  const int place = key - block_of(a, key) * a.block_size;
+  return ((block * a.kv_heads + kv_head) * a.block_size + place) * a.dim;
 }
 
 // One query row per sequence, 16-byte loads: dim a multiple of 8, rows of q aligned.

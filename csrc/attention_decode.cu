@@ -2,6 +2,7 @@
 // split over blocks, and the block that finishes last merges the parts in the same launch.
 // The grid depends on shapes alone, so a captured graph serves every context length.
 #include <algorithm>
+#include <type_traits>
 
 #include "attention.cuh"
 
@@ -10,14 +11,38 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kUnroll = 4;       // keys whose loads a lane has in flight
-constexpr int kMaxSplits = 32;   // of one sequence's keys
-constexpr int kSplitTarget = 1024;  // blocks in all that splitting may make: 7 per SM of an H100
+constexpr int kMaxSplits = 32;     // of one sequence's keys
+constexpr int kSplitTarget = 512;  // blocks in all that splitting may make: one wave of an H100
+// Keys whose loads a lane has in flight; more would cost registers, and so blocks per SM.
+template <typename T, int G>
+constexpr int kUnroll = sizeof(T) == 2 && G == 1 ? 8 : 4;
 
 struct Split {
   int count;       // blockIdx.x goes so far, whatever the context
   int* counters;   // [sequences * gridDim.y], how many parts of each are done
   float* parts;    // [sequences * gridDim.y, count, G, dim + 2]: sum, maximum, weight
+};
+
+// 8 elements as they came from memory. Whole words, since the compiler gives each 16-bit member of a
+// struct a register of its own.
+template <typename T>
+struct Loaded {
+  uint4 words[sizeof(T) * kVector / 16];
+
+  __device__ static Loaded from(const T* place) { return *reinterpret_cast<const Loaded*>(place); }
+  __device__ float operator[](int i) const {
+    const uint4& four = words[i * sizeof(T) / 16];
+    const int index = i * sizeof(T) % 16 / 4;
+    const uint32_t word =
+        index == 0 ? four.x : index == 1 ? four.y : index == 2 ? four.z : four.w;
+    if constexpr (std::is_same_v<T, float>) {
+      return __uint_as_float(word);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      return __half2float(__ushort_as_half(i % 2 == 0 ? word & 0xffff : word >> 16));
+    } else {
+      return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+    }
+  }
 };
 
 // The running softmax of one query: maximum, sum of weights, weighted sum of values.
@@ -54,16 +79,32 @@ __device__ inline bool last_to_finish(int* counter, int participants) {
 // kLanes lanes hold one key's row, 8 dimensions each; a warp has 32 / kLanes keys at once. G query
 // heads, which share the key head, are answered from one read of its keys and values.
 template <typename T, int kLanes, int G>
-__global__ __launch_bounds__(kThreads, G == 1 ? 5 : 2) void decode_kernel(AttentionArguments a, Split split) {
+__global__ __launch_bounds__(kThreads, G == 1 ? 4 : 2) void decode_kernel(AttentionArguments a, Split split) {
   constexpr int kKeysPerWarp = kWarp / kLanes;
   constexpr int kKeys = kWarps * kKeysPerWarp;
-  constexpr int kStep = kKeys * kUnroll;
+  constexpr int kDepth = kUnroll<T, G>;
+  constexpr int kStep = kKeys * kDepth;
   constexpr int kDim = kLanes * kVector;
 
   const int sequence = blockIdx.z;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int32_t* table = a.block_table + static_cast<int64_t>(sequence) * a.max_blocks;
+  // Which blocks the first keys are in, asked for before it is known how many keys there are:
+  // every load that waits for another costs half a microsecond.
+  int blocks[kDepth];
+  const int first_key = warp * kKeysPerWarp + lane / kLanes;
+  const auto look_up = [&](int step) {
+#pragma unroll
+    for (int u = 0; u < kDepth; ++u) {
+      const int block = block_of(a, step * kStep + first_key + u * kKeys);
+      blocks[u] = table[min(block, a.max_blocks - 1)];
+    }
+  };
+  look_up(blockIdx.x);
   const int row = a.query_start[sequence];
-  if (a.query_start[sequence + 1] - row != 1) return;
+  const int row_end = a.query_start[sequence + 1];
   const int context = a.context_lens[sequence];
+  if (row_end - row != 1) return;
   const int group = a.heads / a.kv_heads;
   const int chunks = ceil_div(group, G);
   const int kv_head = blockIdx.y / chunks;
@@ -78,13 +119,10 @@ __global__ __launch_bounds__(kThreads, G == 1 ? 5 : 2) void decode_kernel(Attent
     }
     return;
   }
-  const int keys = ceil_div(ceil_div(context, split.count), kStep) * kStep;
-  const int active = ceil_div(context, keys);
+  const int steps = ceil_div(context, kStep);  // which the splits take in turn
+  const int active = min(split.count, steps);
   if (blockIdx.x >= active) return;
-  const int begin = blockIdx.x * keys;
-  const int end = min(begin + keys, context);
 
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int place = lane % kLanes * kVector;
   const bool inside = place < a.dim;
   const T* q = static_cast<const T*>(a.q) + row * a.q_stride + head * a.dim + place;
@@ -98,36 +136,36 @@ __global__ __launch_bounds__(kThreads, G == 1 ? 5 : 2) void decode_kernel(Attent
     for (int j = 0; j < kVector; ++j) query[g][j] *= a.scale_log2;
   }
 
-  const int32_t* table = a.block_table + static_cast<int64_t>(sequence) * a.max_blocks;
   const T* k_cache = static_cast<const T*>(a.k_cache) + place;
   const T* v_cache = static_cast<const T*>(a.v_cache) + place;
   Running<kVector> running[G];
-  for (int base = begin + warp * kKeysPerWarp + lane / kLanes; base - lane / kLanes < end;
-       base += kStep) {
-    Pack<T, kVector> k[kUnroll], v[kUnroll];
+  for (int step = blockIdx.x; step < steps; step += split.count) {
+    const int base = step * kStep + first_key;
+    Loaded<T> k[kDepth], v[kDepth];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kDepth; ++u) {
       const int key = base + u * kKeys;
       k[u] = v[u] = {};
-      if (key < end && inside) {
-        const int64_t offset = cache_offset(a, table, kv_head, key);
-        k[u] = *reinterpret_cast<const Pack<T, kVector>*>(k_cache + offset);
-        v[u] = *reinterpret_cast<const Pack<T, kVector>*>(v_cache + offset);
+      if (key < context && inside) {
+        const int64_t offset = cache_offset(a, blocks[u], kv_head, key);
+        k[u] = Loaded<T>::from(k_cache + offset);
+        v[u] = Loaded<T>::from(v_cache + offset);
       }
     }
+    if (step + split.count < steps) look_up(step + split.count);
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-      float score[kUnroll], highest = -INFINITY;
+      float score[kDepth], highest = -INFINITY;
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kDepth; ++u) {
         score[u] = 0.0f;
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) score[u] += query[g][j] * to_float(k[u].values[j]);
+        for (int j = 0; j < kVector; ++j) score[u] += query[g][j] * k[u][j];
 #pragma unroll
         for (int offset = kLanes / 2; offset > 0; offset /= 2) {
           score[u] += __shfl_xor_sync(kAllLanes, score[u], offset);
         }
-        if (base + u * kKeys >= end) score[u] = -INFINITY;
+        if (base + u * kKeys >= context) score[u] = -INFINITY;
         highest = fmaxf(highest, score[u]);
       }
       Running<kVector>& run = running[g];
@@ -136,11 +174,11 @@ __global__ __launch_bounds__(kThreads, G == 1 ? 5 : 2) void decode_kernel(Attent
 #pragma unroll
       for (int j = 0; j < kVector; ++j) run.sum[j] *= kept;
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kDepth; ++u) {
         const float weight = score[u] == -INFINITY ? 0.0f : exp2f(score[u] - run.maximum);
         run.weight += weight;
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) run.sum[j] += weight * to_float(v[u].values[j]);
+        for (int j = 0; j < kVector; ++j) run.sum[j] += weight * v[u][j];
       }
     }
   }
@@ -229,7 +267,7 @@ __global__ __launch_bounds__(kThreads, G == 1 ? 5 : 2) void decode_kernel(Attent
 
 template <typename T, int kLanes, int G>
 void launch(const AttentionArguments& a, const Tensor& workspace, cudaStream_t stream) {
-  constexpr int kStep = kWarps * (kWarp / kLanes) * kUnroll;
+  constexpr int kStep = kWarps * (kWarp / kLanes) * kUnroll<T, G>;
   const int rows = a.kv_heads * ceil_div(a.heads / a.kv_heads, G);
   const int64_t groups = static_cast<int64_t>(a.sequences) * rows;
   const int64_t longest = static_cast<int64_t>(a.max_blocks) * a.block_size;

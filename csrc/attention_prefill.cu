@@ -66,6 +66,13 @@ __device__ inline unsigned pair(float low, float high) {
   return *reinterpret_cast<unsigned*>(&both);
 }
 
+// 2^x, flushed to 0 where it is tiny.
+__device__ inline float power_of_2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 struct Tile {
   int sequence;  // -1 behind the last tile
   int index;     // which 64 rows of it
@@ -108,6 +115,8 @@ __global__ __launch_bounds__(kThreads) void prefill_kernel(AttentionArguments a)
   T* const queries = reinterpret_cast<T*>(shared);
   T* const keys = queries + kRows * kStride;
   T* const values = keys + kKeys * kStride;
+  // Where the rows of this tile of keys and the next begin in the cache; -1 behind the last.
+  __shared__ int64_t offsets[2][kKeys];
 
   // The last tiles of a sequence see the most keys: start them first.
   const Tile tile = find_tile(a, gridDim.x - 1 - blockIdx.x);
@@ -137,17 +146,26 @@ __global__ __launch_bounds__(kThreads) void prefill_kernel(AttentionArguments a)
   const int32_t* table = a.block_table + static_cast<int64_t>(tile.sequence) * a.max_blocks;
   const int position = context - length + first;  // of the first row
   const int limit = position + rows;              // keys that any row sees
-  const auto fetch = [&](T* to, const void* cache, int base) {
+  const auto locate = [&](int64_t* to, int base) {
+    for (int i = threadIdx.x; i < kKeys; i += kThreads) {
+      const int key = base + i;
+      to[i] = key < limit ? cache_offset(a, table[block_of(a, key)], kv_head, key) : -1;
+    }
+  };
+  const auto fetch = [&](T* to, const void* cache, const int64_t* where) {
     const T* from = static_cast<const T*>(cache);
+#pragma unroll
     for (int i = threadIdx.x; i < kKeys * kPieces; i += kThreads) {
       const int key = i / kPieces, d = i % kPieces * kVector;
-      const bool present = base + key < limit && d < a.dim;
-      const T* row = present ? from + cache_offset(a, table, kv_head, base + key) + d : from;
-      copy_async(to + key * kStride + d, row, present);
+      const int64_t offset = where[key];
+      const bool present = offset >= 0 && d < a.dim;
+      copy_async(to + key * kStride + d, present ? from + offset + d : from, present);
     }
     copies_issued();
   };
-  fetch(keys, a.k_cache, 0);
+  locate(offsets[0], 0);
+  __syncthreads();
+  fetch(keys, a.k_cache, offsets[0]);
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const T* const query_row = queries + (warp * 16 + lane % 16) * kStride + lane / 16 * 8;
@@ -160,10 +178,11 @@ __global__ __launch_bounds__(kThreads) void prefill_kernel(AttentionArguments a)
   float output[kDim / 8][4] = {};
   float maximum[2] = {-INFINITY, -INFINITY}, weight[2] = {};
 
-  for (int base = 0; base < limit; base += kKeys) {
+  for (int base = 0, now = 0; base < limit; base += kKeys, now ^= 1) {
     copies_done();
     __syncthreads();  // the keys are there, and every warp is done with the last values
-    fetch(values, a.v_cache, base);
+    fetch(values, a.v_cache, offsets[now]);
+    locate(offsets[now ^ 1], base + kKeys);
 
     float scores[kKeys / 8][4] = {};
 #pragma unroll
@@ -179,13 +198,22 @@ __global__ __launch_bounds__(kThreads) void prefill_kernel(AttentionArguments a)
       }
     }
 
+    if (base + kKeys - 1 > position + warp * 16) {  // some key is in the future of some row
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int key = base + n * 8 + column + i % 2;
+          if (key > sees + i / 2 * 8) scores[n][i] = -INFINITY;
+        }
+      }
+    }
     float highest[2] = {maximum[0], maximum[1]};
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int key = base + n * 8 + column + i % 2;
-        scores[n][i] = key <= sees + i / 2 * 8 ? scores[n][i] * a.scale_log2 : -INFINITY;
+        scores[n][i] *= a.scale_log2;
         highest[i / 2] = fmaxf(highest[i / 2], scores[n][i]);
       }
     }
@@ -194,7 +222,7 @@ __global__ __launch_bounds__(kThreads) void prefill_kernel(AttentionArguments a)
       highest[r] = fmaxf(highest[r], __shfl_xor_sync(kAllLanes, highest[r], 1));
       highest[r] = fmaxf(highest[r], __shfl_xor_sync(kAllLanes, highest[r], 2));
       // Key 0 is in the first tile and every row sees it: the maximum is finite from there on.
-      const float kept = exp2f(maximum[r] - highest[r]);
+      const float kept = power_of_2(maximum[r] - highest[r]);
       maximum[r] = highest[r];
       weight[r] *= kept;
 #pragma unroll
@@ -207,14 +235,14 @@ __global__ __launch_bounds__(kThreads) void prefill_kernel(AttentionArguments a)
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        scores[n][i] = exp2f(scores[n][i] - maximum[i / 2]);
+        scores[n][i] = power_of_2(scores[n][i] - maximum[i / 2]);
         weight[i / 2] += scores[n][i];
       }
     }
 
     copies_done();
     __syncthreads();  // the values are there, and every warp is done with the keys
-    if (base + kKeys < limit) fetch(keys, a.k_cache, base + kKeys);
+    if (base + kKeys < limit) fetch(keys, a.k_cache, offsets[now ^ 1]);
 #pragma unroll
     for (int n = 0; n < kKeys / 8; n += 2) {
       const unsigned weights[4] = {

@@ -186,8 +186,12 @@ HEADS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
+# bfloat16 differs from float16 in two conversions and one instruction: fewer shapes will do.
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [(heads, dtype) for heads in HEADS for dtype in DTYPES[: 3 if heads in HEADS[:4] else 2]],
+    ids=str,
+)
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_paged_attention(lengths: str, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     generator = torch.Generator()
