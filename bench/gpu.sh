@@ -22,7 +22,7 @@ for part in $parts; do
     tests)
       # Warnings of another torch than the pinned one are not this run's business.
       $python -m pytest -m gpu tests/gpu -q --maxfail=25 -W default -p no:cacheprovider \
-        --junitxml="$out/gpu_tests.xml" > "$out/gpu_tests.log" 2>&1 || failed=1
+        -o junit_family=xunit1 --junitxml="$out/gpu_tests.xml" > "$out/gpu_tests.log" 2>&1 || failed=1
       grep -aE '^(FAILED|ERROR|E  )|passed|failed|error' "$out/gpu_tests.log" | cut -c1-220 | tail -60
       $python - "$out" <<'EOF'
 import json, os, sys
@@ -34,6 +34,8 @@ record = {
     "commit": os.environ["COMMIT"], "device": torch.cuda.get_device_name(), "torch": torch.__version__,
     **{k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")},
     "seconds": float(suite.get("time")),
+    "properties": {n: {p.get("name"): p.get("value") for p in c.iter("property")}
+                   for n, c in cases if c.find("properties") is not None},
     "failed": [n for n, c in cases if c.find("failure") is not None or c.find("error") is not None],
 }
 open(f"{sys.argv[1]}/gpu_tests.json", "w").write(json.dumps(record, indent=1) + "\n")

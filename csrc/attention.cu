@@ -19,7 +19,8 @@ __device__ inline int sequence_of(const AttentionArguments& a, int row) {
   return low;
 }
 
-// A warp has one query row of one head. A lane scores every 32nd key, then owns every 32nd dimension.
+// A warp has one query row of one head. A lane scores every 32nd key, then owns every 32nd
+// dimension.
 template <typename T>
 __global__ __launch_bounds__(kWarps* kWarp) void plain_kernel(AttentionArguments a,
                                                               bool singles_too) {

@@ -23,8 +23,8 @@ struct Split {
   float* parts;    // [sequences * gridDim.y, count, G, dim + 2]: sum, maximum, weight
 };
 
-// 8 elements as they came from memory. Whole words, since the compiler gives each 16-bit member of a
-// struct a register of its own.
+// 8 elements as they came from memory. Whole words, since the compiler gives each 16-bit member of
+// a struct a register of its own.
 template <typename T>
 struct Loaded {
   uint4 words[sizeof(T) * kVector / 16];
@@ -79,7 +79,8 @@ __device__ inline bool last_to_finish(int* counter, int participants) {
 // kLanes lanes hold one key's row, 8 dimensions each; a warp has 32 / kLanes keys at once. G query
 // heads, which share the key head, are answered from one read of its keys and values.
 template <typename T, int kLanes, int G>
-__global__ __launch_bounds__(kThreads, G == 1 ? 4 : 2) void decode_kernel(AttentionArguments a, Split split) {
+__global__ __launch_bounds__(kThreads, G == 1 ? 4 : 2)
+void decode_kernel(AttentionArguments a, Split split) {
   constexpr int kKeysPerWarp = kWarp / kLanes;
   constexpr int kKeys = kWarps * kKeysPerWarp;
   constexpr int kDepth = kUnroll<T, G>;
@@ -271,9 +272,9 @@ void launch(const AttentionArguments& a, const Tensor& workspace, cudaStream_t s
   const int rows = a.kv_heads * ceil_div(a.heads / a.kv_heads, G);
   const int64_t groups = static_cast<int64_t>(a.sequences) * rows;
   const int64_t longest = static_cast<int64_t>(a.max_blocks) * a.block_size;
+  const int64_t steps = ceil_div<int64_t>(longest, kStep);
   const int64_t splits =
-      std::clamp<int64_t>(std::min<int64_t>(kSplitTarget / groups, ceil_div<int64_t>(longest, kStep)),
-                          1, kMaxSplits);
+      std::clamp<int64_t>(std::min<int64_t>(kSplitTarget / groups, steps), 1, kMaxSplits);
   if (splits > 1) {
     const int64_t needed = kSplitTarget + groups * splits * G * (a.dim + 2);
     STD_TORCH_CHECK(workspace.numel() >= needed, "the attention workspace is too small");

@@ -284,7 +284,8 @@ void launch(const AttentionArguments& a, cudaStream_t stream) {
   constexpr int kBytes = (kRows + 2 * kKeys) * (kDim + kPad) * sizeof(T);
   const auto kernel = prefill_kernel<T, kDim, kKeys>;
   if (kBytes > 48 << 10) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+    constexpr auto kLimit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, kLimit, kBytes));
   }
   // At most so many tiles, however the rows are divided among the sequences.
   const int tiles = a.tokens / kRows + std::min(a.sequences, a.tokens / 2);

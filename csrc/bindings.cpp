@@ -1,5 +1,5 @@
-// Registers every op for CUDA under the schemas that llava_engine/kernels/*.py declare. Nothing else
-// registers ops, so this file is the whole surface.
+// Registers every op for CUDA under the schemas that llava_engine/kernels/*.py declare. Nothing
+// else registers ops, so this file is the whole surface.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"

@@ -115,7 +115,9 @@ __device__ Cut cut_from_top(const Row& row, Weight weight_of, Target target_of, 
     const int bits = pass < 2 ? 11 : 10;
     const int above_shift = shift;
     shift -= bits;
-    for (int bin = threadIdx.x; bin < kBins; bin += kThreads) shared.low[bin] = shared.high[bin] = 0;
+    for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
+      shared.low[bin] = shared.high[bin] = 0;
+    }
     __syncthreads();
     for (int token = threadIdx.x; token < row.vocab; token += kThreads) {
       const uint32_t key = key_of(row.score(token));

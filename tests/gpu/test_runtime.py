@@ -10,7 +10,7 @@ import gc
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,7 +191,9 @@ def settled(runtime: DeviceRuntime) -> None:
     assert runtime.num_free_blocks == runtime.num_blocks
 
 
-def test_batched_and_alone_are_transformers(world: World, runtime: DeviceRuntime) -> None:
+def test_batched_and_alone_are_transformers(
+    world: World, runtime: DeviceRuntime, record_property: Callable[[str, object], None]
+) -> None:
     asked = questions(random.SystemRandom().randrange(1 << 30), 32)
     print("asked", asked)
     world.measure(asked)
@@ -200,7 +202,8 @@ def test_batched_and_alone_are_transformers(world: World, runtime: DeviceRuntime
         runtime.submit(world.sequence(picture, question, sink))
     same = [world.agrees(*request, sink.wait()) for request, sink in zip(asked, sinks, strict=True)]
     settled(runtime)
-    print("same", sum(same), "of", len(same), "error", world.error)
+    record_property("identical", f"{sum(same)} of {len(same)}")
+    record_property("logit_error", world.error)
     for request in asked[:6]:
         alone = Sink()
         runtime.submit(world.sequence(*request, alone))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,3 +86,27 @@ def test_references_hold_in_their_block_and_thread_alone() -> None:
         run(after)
     assert inside == [pytest.approx(1 / (1 + 2.718281828**-1))]
     assert elsewhere == after == [7]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (209, "no code for cuda:1: it is built for 90a"),
+        (35, "driver of cuda:1 is too old"),
+        (999, "gone"),
+    ],
+    ids=["no-code", "old-driver", "other"],
+)
+def test_a_device_that_cannot_run_the_code_is_one_clear_error(
+    error: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the library's own answer; its numbers are cudaError_t's."""
+    answers = SimpleNamespace(
+        llava_engine_architectures=lambda: b"90a",
+        llava_engine_error_text=lambda error: b"gone",
+        llava_engine_probe=lambda device: error if device == 1 else 0,
+    )
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda path: answers)
+    monkeypatch.setattr(library, "_loaded", True)
+    with pytest.raises(KernelsNotBuilt, match=said):
+        require_kernels(torch.device("cuda:1"))
