@@ -21,12 +21,20 @@ def test_an_unknown_name_is_told_the_nearest_and_the_known() -> None:
 
 
 def test_register_is_idempotent_and_never_replaces() -> None:
-    info = ModelInfo(registry_key="mine", directory=Path("mine"), est_memory_allocation_mb=10)
+    info = ModelInfo(
+        registry_key="registered-by-a-test",
+        directory=Path("registered-by-a-test"),
+        est_memory_allocation_mb=10,
+    )
     register(info)
     register(info)
-    assert lookup("mine") is info
-    other = ModelInfo(registry_key="mine", directory=Path("mine"), est_memory_allocation_mb=20)
-    with pytest.raises(ValueError, match="another model is registered as 'mine'"):
+    assert lookup("registered-by-a-test") is info
+    other = ModelInfo(
+        registry_key="registered-by-a-test",
+        directory=Path("registered-by-a-test"),
+        est_memory_allocation_mb=20,
+    )
+    with pytest.raises(ValueError, match="another model is registered as 'registered-by-a-test'"):
         register(other)
 
 

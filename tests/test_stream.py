@@ -249,9 +249,15 @@ def test_stop_strings_are_found_across_tokens(text: str, stop: list[str], cuts: 
             got += chunk
     end.finish(FinishReason.LENGTH)
     got += "".join(stream)
-    places = [p for p in (text.find(s) for s in stop) if p >= 0]
-    assert got == (text[: min(places)] if places else text)
-    assert stream.finish_reason is (FinishReason.STOP if places else FinishReason.LENGTH)
+    # Letter by letter: where does any stop string end first, and which of those there is longest?
+    for end_of_text in range(1, len(text) + 1):
+        ending = [s for s in stop if text[:end_of_text].endswith(s)]
+        if ending:
+            assert got == text[: end_of_text - max(map(len, ending))]
+            assert stream.finish_reason is FinishReason.STOP
+            return
+    assert got == text
+    assert stream.finish_reason is FinishReason.LENGTH
 
 
 def test_a_stop_string_ends_generation_and_counts_only_what_was_used() -> None:

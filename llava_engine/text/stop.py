@@ -4,7 +4,11 @@ from __future__ import annotations
 
 
 class StopFinder:
-    """Passes text on until a stop string appears, holding back what may be the start of one."""
+    """Passes text on until a stop string appears, holding back what may be the start of one.
+
+    The stop string that is complete first counts, and of several that end together the longest; so
+    the pieces in which the text comes make no difference.
+    """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = stop
@@ -13,15 +17,16 @@ class StopFinder:
 
     def push(self, piece: str) -> str:
         """The text that is certain now. After a match `found` is true and only the text before
-        the earliest stop string is returned."""
+        the stop string is returned."""
         if not self._stop:
             return piece
         text = self._held + piece
-        places = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
-        if places:
+        starts = [(text.find(stop), len(stop)) for stop in self._stop]
+        matches = [(start + length, start) for start, length in starts if start >= 0]
+        if matches:
             self.found = True
             self._held = ""
-            return text[: min(places)]
+            return text[: min(matches)[1]]
         keep = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
