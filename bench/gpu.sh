@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
 parts=${PARTS:-smoke tests bench decode sanitize}
 mkdir -p "$out"
 export COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 failed=0
 
 for part in $parts; do
