@@ -194,7 +194,9 @@ class Worker:
             del item
 
     def _dispatch(self, request: Request) -> None:
-        if request.image is None:
+        if not _wanted(request):
+            return  # and its picture is gone already, which is not to look like a URL's
+        if request.url is not None and request.image is None:
             self._fetchers.put(lambda: self._attempt(request, self._fetch))
         else:
             self._preparers.put(lambda: self._attempt(request, self._prepare))

@@ -177,8 +177,8 @@ class DeviceRuntime:
                 f"No room on {self.device} for {total - before} more KV blocks."
             ) from error
         self._shares = shares
-        if total < before:
-            self._release_cached_memory()
+        # What was replaced is of no use to the allocator: the new tensors have other sizes.
+        self._release_cached_memory()
 
     def _release_cached_memory(self) -> None:
         """Give what torch's allocator keeps for reuse back to the device."""

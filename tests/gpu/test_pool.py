@@ -78,7 +78,8 @@ def test_two_workers_come_and_an_eviction_gives_their_memory_back(
         assert model.describe_image(picture, "Describe the picture.").text() == answer
         wait_until(lambda: "Spawned worker 2" in caplog.text, "no second worker")
         taken, said = before - free_mb(), pool.total_memory_mb()
-        assert taken >= 2 * KV_MB
+        record_property("taken_mb", f"{taken} taken, {said} said")
+        assert 2 * KV_MB <= taken <= 2 * KV_MB + 512
         assert abs(taken - said) <= 256
 
         threads = threading.active_count()
@@ -89,7 +90,8 @@ def test_two_workers_come_and_an_eviction_gives_their_memory_back(
                 next(stream)
             stream.cancel()
         nothing_is_left(pool._state.models[model.registry_key].sites["cuda:0"].backend._runtime)
-        assert threading.active_count() <= threads + 8  # preparing threads, started when needed
+        # Up to 4 preparing threads per worker start when needed, and stay.
+        assert threading.active_count() <= threads + 8
 
         wait_until(evicted, "idle workers are not evicted again")
         gc.collect()
