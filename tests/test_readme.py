@@ -33,6 +33,15 @@ def test_the_demo_models_figures_are_those_of_its_evaluation() -> None:
     assert described == table["describe"]["percent"] >= 90
 
 
+def test_the_gpu_figures_are_those_of_the_last_run() -> None:
+    record = json.loads((ROOT / "bench/results/decode.json").read_text())
+    found = re.search(r"first token ([\d.]+) ms, ([\d.]+) ms a token, (\d+) tokens/s", README)
+    assert found is not None
+    assert found.group(1) == f"{record['first_token_ms']:.1f}"
+    assert found.group(2) == f"{record['token_ms']:.2f}"
+    assert found.group(3) == f"{record['tokens_per_s_64']:.0f}"
+
+
 def test_linked_files_exist() -> None:
     links = re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", README)
     local = [a or b for a, b in links if not (a or b).startswith("http")]
