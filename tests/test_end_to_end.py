@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,6 +205,8 @@ def test_readers_that_cancel_close_or_vanish_leave_nothing(
     assert runtime.num_free_blocks == runtime.num_blocks
     record = pool.health()["models"][tiny.registry_key]
     assert record["queue_depth"] == record["running"] == 0
+    # A request that ends early has let go of its picture; it must not look like one with a URL.
+    assert not [t for t in threading.enumerate() if t.name.startswith("llava-fetch")]
 
 
 @pytest.mark.parametrize(
