@@ -10,6 +10,7 @@ import contextlib
 import enum
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from queue import SimpleQueue
@@ -157,6 +158,8 @@ class Worker:
             if self._load(owner):
                 self._serve()
         except BaseException as error:  # noqa: BLE001  whatever it is, no stream may hang
+            # Its frames hold what was loaded so far, for as long as a reader keeps the exception.
+            traceback.clear_frames(error.__traceback__)
             cause = error
         self._fetchers.stop()
         self._preparers.stop()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -195,6 +196,7 @@ class DeviceRuntime:
                         self._run(step)
         except BaseException as error:  # noqa: BLE001  whatever it is, no stream may hang
             logger.exception("The runtime on %s died.", self.device)
+            traceback.clear_frames(error.__traceback__)  # they hold the model
             self._death = error
         self._shut()
 
@@ -223,16 +225,21 @@ class DeviceRuntime:
         except torch.AcceleratorError:
             raise  # the CUDA context is lost, and every sequence with it
         except Exception as error:
-            if len(step) > 1:
-                # One sequence's failure is its own: find it by running each alone.
-                logger.warning("A step of %d sequences failed; running each alone.", len(step))
-                for entry in step:
-                    self._run([entry])
-            else:
-                self._scheduler.fail(step[0].sequence, _as_llava_error(error))
+            # Its frames hold the step's tensors: memory that the next try may need, and that would
+            # be kept as long as a reader keeps the exception.
+            traceback.clear_frames(error.__traceback__)
+            failure = error
+        else:
+            for entry, token in zip(step, tokens, strict=True):
+                self._scheduler.complete(entry, token)
             return
-        for entry, token in zip(step, tokens, strict=True):
-            self._scheduler.complete(entry, token)
+        if len(step) == 1:
+            self._scheduler.fail(step[0].sequence, _as_llava_error(failure))
+            return
+        # One sequence's failure is its own: find it by running each alone.
+        logger.warning("A step of %d sequences failed; running each alone.", len(step))
+        for entry in step:
+            self._run([entry])
 
     def _shut(self) -> None:
         """No more work: fail what is left, run what waits for an answer, free the memory."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import threading
 import time
+import weakref
+from collections.abc import Callable
 
 import pytest
 from support.pool_fakes import (
@@ -29,7 +32,7 @@ from llava_engine.errors import (
     WeightsError,
 )
 from llava_engine.pool.sizing import DeviceMemory
-from llava_engine.pool.worker import WorkerState
+from llava_engine.pool.worker import Backend, WorkerState
 
 
 def devices(pool: WorkerPool, key: str = "fake") -> list[str]:
@@ -168,6 +171,24 @@ def test_memory_that_runs_out_while_loading_is_a_failed_spawn(fault: Exception) 
         assert raised.value.__cause__ is fault
         assert pool.total_memory_mb() == 0
         assert ask(pool).text() == "7"
+
+
+def test_an_exception_that_is_kept_keeps_no_weights() -> None:
+    class Weights:
+        """What a loader had read when it failed."""
+
+    read: list[weakref.ref[Weights]] = []
+
+    def loader(device: str, check: Callable[[], None]) -> Backend:
+        weights = Weights()
+        read.append(weakref.ref(weights))
+        raise RuntimeError("truncated")
+
+    with make_pool() as pool:
+        error = pool.spawn_vision_worker("fake", loader, 10).exception(20)
+    assert isinstance(error, SpawnFailed) and isinstance(error.__cause__, RuntimeError)
+    gc.collect()
+    assert [ref() for ref in read] == [None]
 
 
 def test_a_load_that_hangs_is_given_up_and_frees_what_it_took_in_the_end() -> None:

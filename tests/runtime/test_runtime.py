@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,6 +323,38 @@ def test_out_of_memory_in_a_request_is_its_own(
     with pytest.raises(MemoryExhausted):
         hungry.wait()
     assert modest.wait() == world.expected(2, [60], 6)
+
+
+def test_what_a_failed_step_held_is_free_before_the_next_try(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = type(world.ours).encode_images
+    entered, release = threading.Event(), threading.Event()
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def hungry(self: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
+        entered.set()
+        assert release.wait(30)
+        alive.extend(ref() is not None for ref in held)
+        activations = torch.zeros(1 << 20)
+        if pixels.shape[0] > 1:
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("too many at once")
+        return original(self, pixels)
+
+    monkeypatch.setattr(type(world.ours), "encode_images", hungry)
+    for wide in running(world, blocks=400, prefill_chunk=1000):
+        sinks = [Sink() for _ in range(3)]
+        for index, sink in enumerate(sinks):
+            wide.submit(world.sequence(index, [60], 6, sink))
+            if index == 0:
+                assert entered.wait(30)  # so that the other two arrive together
+        release.set()
+        for index, sink in enumerate(sinks):
+            assert sink.wait() == world.expected(index, [60], 6)
+    assert len(held) == 1, "no step was meant to fail, or more than one"
+    assert alive == [False, False]
 
 
 def test_an_abort_storm_leaves_nothing_and_touches_nobody(
