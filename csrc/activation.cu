@@ -9,6 +9,8 @@ constexpr int kThreads = 256;
 
 template <typename T, int N>
 __global__ void silu_mul_kernel(T* __restrict__ out, const T* __restrict__ gate_up, int wide) {
+  launch_dependents();
+  wait_for_predecessor();
   const int64_t row = blockIdx.x;
   const int i = (blockIdx.y * kThreads + threadIdx.x) * N;
   if (i >= wide) return;
@@ -37,8 +39,7 @@ void silu_mul(Tensor out, Tensor gate_up) {
     const int64_t items = vectors ? wide / kVector : wide;
     const dim3 grid(rows, ceil_div<int64_t>(items, kThreads));
     const auto kernel = vectors ? silu_mul_kernel<T, kVector> : silu_mul_kernel<T, 1>;
-    kernel<<<grid, kThreads, 0, to.stream()>>>(data<T>(out), data<T>(gate_up), wide);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_chained(kernel, grid, kThreads, 0, to.stream(), data<T>(out), data<T>(gate_up), wide);
   });
 }
 

@@ -29,7 +29,15 @@ template <typename T>
 struct Loaded {
   uint4 words[sizeof(T) * kVector / 16];
 
-  __device__ static Loaded from(const T* place) { return *reinterpret_cast<const Loaded*>(place); }
+  // Past L1: nobody reads it twice, and the newest key is written while this block is here already.
+  __device__ static Loaded from(const T* place) {
+    Loaded loaded;
+#pragma unroll
+    for (int i = 0; i < sizeof(T) * kVector / 16; ++i) {
+      loaded.words[i] = __ldcg(reinterpret_cast<const uint4*>(place) + i);
+    }
+    return loaded;
+  }
   __device__ float operator[](int i) const {
     const uint4& four = words[i * sizeof(T) / 16];
     const int index = i * sizeof(T) % 16 / 4;
@@ -87,6 +95,7 @@ void decode_kernel(AttentionArguments a, Split split) {
   constexpr int kStep = kKeys * kDepth;
   constexpr int kDim = kLanes * kVector;
 
+  launch_dependents();
   const int sequence = blockIdx.z;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int32_t* table = a.block_table + static_cast<int64_t>(sequence) * a.max_blocks;
@@ -105,54 +114,59 @@ void decode_kernel(AttentionArguments a, Split split) {
   const int row = a.query_start[sequence];
   const int row_end = a.query_start[sequence + 1];
   const int context = a.context_lens[sequence];
-  if (row_end - row != 1) return;
+  const bool alone = row_end - row == 1;
+  const int steps = ceil_div(context, kStep);  // which the splits take in turn
+  const int active = min(split.count, steps);
+  const bool busy = alone && static_cast<int>(blockIdx.x) < active;
   const int group = a.heads / a.kv_heads;
   const int chunks = ceil_div(group, G);
   const int kv_head = blockIdx.y / chunks;
-  const int first = blockIdx.y % chunks * G;
-  const int head = kv_head * group + first;
-  const int queries = min(G, group - first);
-  T* out = static_cast<T*>(a.out) + (static_cast<int64_t>(row) * a.heads + head) * a.dim;
-  const int dims = queries * a.dim;
-  if (context == 0) {
-    if (blockIdx.x == 0) {
-      for (int i = threadIdx.x; i < dims; i += kThreads) out[i] = from_float<T>(0.0f);
-    }
-    return;
-  }
-  const int steps = ceil_div(context, kStep);  // which the splits take in turn
-  const int active = min(split.count, steps);
-  if (blockIdx.x >= active) return;
-
   const int place = lane % kLanes * kVector;
   const bool inside = place < a.dim;
-  const T* q = static_cast<const T*>(a.q) + row * a.q_stride + head * a.dim + place;
-  float query[G][kVector];
-#pragma unroll
-  for (int g = 0; g < G; ++g) {
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) query[g][j] = 0.0f;
-    if (inside && g < queries) load(q + g * a.dim, query[g]);
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) query[g][j] *= a.scale_log2;
-  }
-
   const T* k_cache = static_cast<const T*>(a.k_cache) + place;
   const T* v_cache = static_cast<const T*>(a.v_cache) + place;
-  Running<kVector> running[G];
-  for (int step = blockIdx.x; step < steps; step += split.count) {
-    const int base = step * kStep + first_key;
-    Loaded<T> k[kDepth], v[kDepth];
+  Loaded<T> k[kDepth] = {}, v[kDepth] = {};
+  const auto request = [&](int step, int from, int to) {
 #pragma unroll
     for (int u = 0; u < kDepth; ++u) {
-      const int key = base + u * kKeys;
-      k[u] = v[u] = {};
-      if (key < context && inside) {
+      const int key = step * kStep + first_key + u * kKeys;
+      if (from <= key && key < to && inside) {
         const int64_t offset = cache_offset(a, blocks[u], kv_head, key);
         k[u] = Loaded<T>::from(k_cache + offset);
         v[u] = Loaded<T>::from(v_cache + offset);
       }
     }
+  };
+  // The keys of earlier steps are there; the newest one comes with the queries.
+  if (busy) request(blockIdx.x, 0, context - 1);
+  wait_for_predecessor();
+  if (!alone) return;
+  const int first = blockIdx.y % chunks * G;
+  const int head = kv_head * group + first;
+  const int queries = min(G, group - first);
+  T* out = static_cast<T*>(a.out) + (static_cast<int64_t>(row) * a.heads + head) * a.dim;
+  const int dims = queries * a.dim;
+  if (context == 0 && blockIdx.x == 0) {
+    for (int i = threadIdx.x; i < dims; i += kThreads) out[i] = from_float<T>(0.0f);
+  }
+  if (!busy) return;
+
+  const T* q = static_cast<const T*>(a.q) + row * a.q_stride + head * a.dim + place;
+  float query[G][kVector];
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    Loaded<T> words{};
+    if (inside && g < queries) words = Loaded<T>::from(q + g * a.dim);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) query[g][j] = words[j] * a.scale_log2;
+  }
+
+  Running<kVector> running[G];
+  int known = context - 1;  // whose keys are on their way already
+  for (int step = blockIdx.x; step < steps; step += split.count) {
+    const int base = step * kStep + first_key;
+    request(step, known, context);
+    known = 0;
     if (step + split.count < steps) look_up(step + split.count);
 #pragma unroll
     for (int g = 0; g < G; ++g) {
@@ -282,8 +296,7 @@ void launch(const AttentionArguments& a, const Tensor& workspace, cudaStream_t s
   float* words = data<float>(workspace);
   const Split split{static_cast<int>(splits), reinterpret_cast<int*>(words), words + kSplitTarget};
   const dim3 grid(splits, rows, a.sequences);
-  decode_kernel<T, kLanes, G><<<grid, kThreads, 0, stream>>>(a, split);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_chained(decode_kernel<T, kLanes, G>, grid, kThreads, 0, stream, a, split);
 }
 
 template <typename T, int kLanes>

@@ -7,6 +7,10 @@
 STABLE_TORCH_LIBRARY_IMPL(llava_engine, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&llava_engine::rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&llava_engine::add_rms_norm));
+  m.impl("linear_add", TORCH_BOX(&llava_engine::linear_add));
+  m.impl("norm_linear", TORCH_BOX(&llava_engine::norm_linear));
+  m.impl("norm_linear_silu_mul", TORCH_BOX(&llava_engine::norm_linear_silu_mul));
+  m.impl("norm_qkv_rope_append", TORCH_BOX(&llava_engine::norm_qkv_rope_append));
   m.impl("silu_mul", TORCH_BOX(&llava_engine::silu_mul));
   m.impl("rope_append", TORCH_BOX(&llava_engine::rope_append));
   m.impl("paged_attention", TORCH_BOX(&llava_engine::paged_attention));

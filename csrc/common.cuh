@@ -112,6 +112,49 @@ class Launch {
   cudaStream_t stream_;
 };
 
+// Programmatic dependent launch: the kernels of a captured decoding step start before the one ahead
+// has ended. Such a kernel lets its successor start at once, may then read what no kernel of the
+// step writes (weights, block tables, keys of earlier steps), and waits before it reads or writes
+// anything else. Every block has to wait: a grid that ended early would release its successor too
+// soon. Both are no-ops where the launch was an ordinary one.
+__device__ inline void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ inline void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Whether this thread's launches are programmatic (llava_engine_programmatic_launch, probe.cu).
+extern thread_local bool programmatic_launch;
+
+// Launches a kernel that calls wait_for_predecessor.
+template <typename... Parameters, typename... Arguments>
+void launch_chained(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                    cudaStream_t stream, Arguments&&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = programmatic_launch ? 1 : 0;
+  if (programmatic_launch) {
+    // An SM must run empty before it divides its memory another way: all kernels want the same.
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared));
+  }
+  STD_CUDA_CHECK(
+      cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
 // Calls f with a value of the element type: half, bfloat16 or float.
 template <typename F>
 void by_type(const Tensor& tensor, F&& f) {

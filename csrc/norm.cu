@@ -12,6 +12,8 @@ namespace {
 template <typename T, int N, bool kAdd>
 __global__ void rms_norm_kernel(T* out, T* residual, const T* x, const T* weight, int hidden,
                                 float eps) {
+  launch_dependents();
+  wait_for_predecessor();
   extern __shared__ __align__(16) char shared[];
   T* row = reinterpret_cast<T*>(shared);
   const int64_t base = static_cast<int64_t>(blockIdx.x) * hidden;
@@ -48,9 +50,9 @@ void launch(const Launch& to, Tensor& out, Tensor* residual, const Tensor& x, co
   const int64_t rows = x.size(0);
   const int hidden = static_cast<int>(x.size(1));
   const int threads = std::min(1024, ceil_div(ceil_div(hidden, N), kWarp) * kWarp);
-  rms_norm_kernel<T, N, kAdd><<<rows, threads, hidden * sizeof(T), to.stream()>>>(
-      data<T>(out), kAdd ? data<T>(*residual) : nullptr, data<T>(x), data<T>(weight), hidden, eps);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_chained(rms_norm_kernel<T, N, kAdd>, rows, threads, hidden * sizeof(T), to.stream(),
+                 data<T>(out), kAdd ? data<T>(*residual) : nullptr, data<T>(x), data<T>(weight),
+                 hidden, eps);
 }
 
 template <bool kAdd>

@@ -15,6 +15,14 @@ using torch::stable::Tensor;
 void rms_norm(Tensor out, Tensor x, Tensor weight, double eps);
 void add_rms_norm(Tensor out, Tensor residual, Tensor x, Tensor weight, double eps);
 
+// linear.cu
+void linear_add(Tensor residual, Tensor x, Tensor weight);
+void norm_linear(Tensor out, Tensor x, Tensor norm_weight, double eps, Tensor weight);
+void norm_linear_silu_mul(Tensor out, Tensor x, Tensor norm_weight, double eps, Tensor gate_up);
+void norm_qkv_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Tensor norm_weight,
+                          double eps, Tensor qkv, Tensor cos_sin, Tensor positions,
+                          Tensor slot_mapping);
+
 // activation.cu
 void silu_mul(Tensor out, Tensor gate_up);
 

@@ -1,6 +1,11 @@
-// What llava_engine/kernels/library.py asks through ctypes before the first op runs: can this
-// driver and this GPU run the code that is in here? One real look-up answers both.
+// What llava_engine/kernels/library.py asks and tells through ctypes. Can this driver and this GPU
+// run the code that is in here? One real look-up answers both. And is this thread capturing a step
+// whose kernels may overlap?
 #include <cuda_runtime.h>
+
+namespace llava_engine {
+thread_local bool programmatic_launch = false;  // common.cuh
+}
 
 namespace {
 
@@ -31,4 +36,11 @@ LLAVA_EXPORT int llava_engine_probe(int device) {
 
 LLAVA_EXPORT const char* llava_engine_error_text(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+// Returns what it was before.
+LLAVA_EXPORT int llava_engine_programmatic_launch(int on) {
+  const bool before = llava_engine::programmatic_launch;
+  llava_engine::programmatic_launch = on != 0;
+  return before;
 }

@@ -24,6 +24,8 @@ struct RopeArguments {
 // A thread has N dimensions of a head's left half and their partners in the right half.
 template <typename T, int N>
 __global__ void rope_append_kernel(RopeArguments<T> a) {
+  launch_dependents();
+  wait_for_predecessor();
   const int64_t token = blockIdx.x;
   const int half = a.dim / 2;
   const int per_head = half / N;
@@ -122,8 +124,7 @@ void rope_append(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions,
     const int64_t items = (q_heads + 2 * kv_heads) * (dim / 2) / (vectors ? kVector : 1);
     const dim3 grid(tokens, ceil_div<int64_t>(items, kThreads));
     const auto kernel = vectors ? rope_append_kernel<T, kVector> : rope_append_kernel<T, 1>;
-    kernel<<<grid, kThreads, 0, to.stream()>>>(arguments);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_chained(kernel, grid, kThreads, 0, to.stream(), arguments);
   });
 }
 

@@ -226,6 +226,8 @@ struct SampleArguments {
 };
 
 __global__ __launch_bounds__(kThreads) void sample_kernel(SampleArguments a) {
+  launch_dependents();
+  wait_for_predecessor();
   __shared__ Shared shared;
   const int64_t index = blockIdx.x;
   const float penalty = a.penalty[index];
@@ -348,8 +350,7 @@ void sample(Tensor out, Tensor logits, Tensor temperature, Tensor top_k, Tensor 
       data<int64_t>(position),
       static_cast<int>(vocab),
   };
-  sample_kernel<<<rows, kThreads, 0, to.stream()>>>(arguments);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_chained(sample_kernel, rows, kThreads, 0, to.stream(), arguments);
 }
 
 }  // namespace llava_engine

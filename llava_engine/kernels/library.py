@@ -48,6 +48,24 @@ def references() -> Iterator[None]:
         _use_references.reset(token)
 
 
+@contextmanager
+def programmatic_launch(on: bool) -> Iterator[None]:
+    """While a step is captured in this block, let its kernels start before their predecessors end.
+
+    It holds for the calling thread (CUDA's programmatic dependent launch, on GPUs from Hopper on).
+    """
+    if not on or not torch.cuda.is_available():
+        yield
+        return
+    _load()
+    library = ctypes.CDLL(str(LIBRARY))
+    before = library.llava_engine_programmatic_launch(1)
+    try:
+        yield
+    finally:
+        library.llava_engine_programmatic_launch(before)
+
+
 def require_kernels(device: torch.device) -> None:
     """Raise KernelsNotBuilt unless every op that is declared has a kernel that runs on `device`.
 
