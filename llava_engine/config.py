@@ -25,6 +25,10 @@ class EngineConfig:
     dtype: of weights and activations; "auto" is float16 on CUDA and float32 on the CPU.
     kernels: "auto" runs the compiled kernels on CUDA and the torch references on the CPU;
         "reference" runs the references everywhere.
+    attention: how prefill attends on CUDA. "auto" takes torch's flash kernel for long chunks and
+        the engine's own for the rest, "torch" and "flash_attn" that of torch or of the flash-attn
+        package for every chunk, "paged" the engine's own for all. Decoding always takes the latter,
+        and so does what flash kernels are not made for, such as float32.
     block_size: tokens per KV block.
     kv_cache_mb: a worker's share of the KV cache in MiB; None takes the model's default.
     max_batch: sequences that decode at once.
@@ -39,6 +43,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     kernels: Literal["auto", "reference"] = "auto"
+    attention: Literal["auto", "paged", "torch", "flash_attn"] = "auto"
     block_size: int = 64
     kv_cache_mb: int | None = None
     max_batch: int = 64

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from llava_engine.kernels.activation import silu_mul
+from llava_engine.kernels import linear
 from llava_engine.kernels.attention import attention_workspace, paged_attention
 from llava_engine.kernels.norm import add_rms_norm, rms_norm
 from llava_engine.kernels.rope_kv import rope_append
+from llava_engine.network.attention import DensePrefill, attention
 from llava_engine.network.config import RopeConfig, TextConfig
 from llava_engine.network.layers import ACTIVATIONS, Linear, Placement, Slot
 
@@ -32,6 +34,7 @@ class Batch:
     block_table: int32 [S, max_blocks]. query_start: int32 [S + 1], first row of each sequence.
     context_lens: int32 [S], tokens of each sequence up to and with this step's.
     max_query_len: the most rows that a sequence has here.
+    dense: the sequences at the end that do not attend through the block table.
     """
 
     positions: torch.Tensor
@@ -40,6 +43,7 @@ class Batch:
     query_start: torch.Tensor
     context_lens: torch.Tensor
     max_query_len: int
+    dense: DensePrefill | None = None
 
 
 class LlamaDecoder:
@@ -52,7 +56,8 @@ class LlamaDecoder:
             config.num_heads, config.num_kv_heads, config.head_dim, place.device
         )
         self._layers = [_Layer(config, place, workspace) for _ in range(config.num_layers)]
-        self._norm = place.empty(config.hidden_size)
+        self.norm = place.empty(config.hidden_size)
+        self._fuses = all(layer.fuses for layer in self._layers)
         self._cos_sin = cos_sin_table(
             config.rope, config.head_dim, config.max_position_embeddings, place.device
         )
@@ -72,7 +77,7 @@ class LlamaDecoder:
         residual = embeds.clone()
         x = torch.empty_like(residual)
         rms_norm(x, residual, self._layers[0].input_norm, self._eps)
-        next_norms = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
+        next_norms = [layer.input_norm for layer in self._layers[1:]] + [self.norm]
         for layer, next_norm, k_cache, v_cache in zip(
             self._layers, next_norms, k_caches, v_caches, strict=True
         ):
@@ -81,11 +86,31 @@ class LlamaDecoder:
             add_rms_norm(x, residual, layer.mlp(x), next_norm, self._eps)
         return x
 
+    def fuses(self, batch: Batch) -> bool:
+        """Whether `decode` takes this batch."""
+        rows = len(batch.positions)
+        return self._fuses and batch.max_query_len == 1 and rows <= linear.MAX_ROWS
+
+    def decode(
+        self,
+        embeds: torch.Tensor,
+        batch: Batch,
+        k_caches: list[torch.Tensor],
+        v_caches: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """embeds [T, hidden], which are overwritten, to [T, hidden] before the final norm.
+
+        One token per sequence, in five kernels a layer.
+        """
+        for layer, k_cache, v_cache in zip(self._layers, k_caches, v_caches, strict=True):
+            layer.decode(embeds, batch, self._cos_sin, k_cache, v_cache)
+        return embeds
+
     def slots(self) -> Iterator[Slot]:
         yield f"{PREFIX}.embed_tokens.weight", self.embedding
         for index, layer in enumerate(self._layers):
             yield from layer.slots(f"{PREFIX}.layers.{index}")
-        yield f"{PREFIX}.norm.weight", self._norm
+        yield f"{PREFIX}.norm.weight", self.norm
 
 
 class _Layer:
@@ -103,6 +128,54 @@ class _Layer:
         self.post_norm = place.empty(hidden)
         self._gate_up = Linear(hidden, 2 * self._wide, config.mlp_bias, place)
         self._down = Linear(self._wide, hidden, config.mlp_bias, place)
+        self._eps = config.rms_norm_eps
+        products = (self._qkv, self._out, self._gate_up, self._down)
+        self.fuses = self._hidden_act in ("silu", "swish") and all(
+            product.bias is None and linear.takes(*reversed(product.weight.shape), place.dtype)
+            for product in products
+        )
+
+    def decode(
+        self,
+        residual: torch.Tensor,
+        batch: Batch,
+        cos_sin: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+    ) -> None:
+        rows = len(residual)
+        q = residual.new_empty(rows, self._num_heads, self._dim)
+        linear.norm_qkv_rope_append(
+            q,
+            k_cache,
+            v_cache,
+            residual,
+            self.input_norm,
+            self._eps,
+            self._qkv.weight,
+            cos_sin,
+            batch.positions,
+            batch.slot_mapping,
+        )
+        attended = torch.empty_like(q)
+        paged_attention(
+            attended,
+            q,
+            k_cache,
+            v_cache,
+            batch.block_table,
+            batch.query_start,
+            batch.context_lens,
+            self._workspace,
+            1,
+            self._scale,
+        )
+        linear.linear_add(residual, attended.view(rows, -1), self._out.weight)
+        activated = residual.new_empty(rows, self._wide)
+        linear.norm_linear_silu_mul(
+            activated, residual, self.post_norm, self._eps, self._gate_up.weight
+        )
+        linear.linear_add(residual, activated, self._down.weight)
 
     def attend(
         self,
@@ -116,19 +189,7 @@ class _Layer:
         q = qkv[:, : self._num_heads]
         k, v = qkv[:, self._num_heads :].chunk(2, dim=1)
         rope_append(q, k, v, cos_sin, batch.positions, batch.slot_mapping, k_cache, v_cache)
-        attended = torch.empty(q.shape, dtype=x.dtype, device=x.device)
-        paged_attention(
-            attended,
-            q,
-            k_cache,
-            v_cache,
-            batch.block_table,
-            batch.query_start,
-            batch.context_lens,
-            self._workspace,
-            batch.max_query_len,
-            self._scale,
-        )
+        attended = attention(q, k, v, k_cache, v_cache, batch, self._workspace, self._scale)
         return self._out(attended.view(len(x), -1))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:

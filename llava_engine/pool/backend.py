@@ -24,6 +24,7 @@ from llava_engine.image.fetch import Fetcher
 from llava_engine.image.load import load_image
 from llava_engine.image.preprocess import ImageProcessorConfig, picture_key, preprocess
 from llava_engine.kernels.library import require_kernels
+from llava_engine.network.attention import require_attention
 from llava_engine.network.weights import load_model
 from llava_engine.pool.request import Request
 from llava_engine.pool.sizing import HOST, DeviceMemory, kv_share_mb
@@ -58,6 +59,7 @@ class ModelBackend:
         self._device = torch.device(device)
         if config.kernels == "auto":
             require_kernels(self._device)
+        require_attention(config.attention, self._device)
         self._baseline = self._reserved()
         self._tokenizer = Tokenizer.from_directory(directory)
         self._processor = ImageProcessorConfig.from_directory(directory)

@@ -11,6 +11,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
+from llava_engine.network.attention import prefill_attention
 from llava_engine.network.llama import Batch
 from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime.feature_cache import FeatureCache
@@ -24,8 +25,15 @@ class ModelRunner:
     """A model, its KV cache and its encoded pictures on one device."""
 
     def __init__(
-        self, model: LlavaModel, cache: KVCache, features: FeatureCache, device: torch.device
+        self,
+        model: LlavaModel,
+        cache: KVCache,
+        features: FeatureCache,
+        device: torch.device,
+        *,
+        attention: str = "paged",
     ) -> None:
+        """attention: as in EngineConfig. Raises as network.attention.prefill_attention."""
         self._model = model
         self._cache = cache
         self._features = features
@@ -33,6 +41,7 @@ class ModelRunner:
         text = model.config.text
         self._sampler = Sampler(text.vocab_size, model.config.image_token_id, device)
         self._dtype = model.dtype
+        self._prefill = prefill_attention(attention, text, model.dtype, device)
         self._block_size = cache.block_size
 
     def run(self, step: list[Scheduled]) -> list[int | None]:
@@ -111,14 +120,18 @@ class ModelRunner:
             positions.append(places)
             slots.append(blocks[places // size] * size + places % size)
             lens.append(start + entry.num_tokens)
-        starts = np.cumsum([0] + [entry.num_tokens for entry in step])
+        counts = [entry.num_tokens for entry in step]
+        starts = np.cumsum([0, *counts])
         return Batch(
             positions=self._tensor(np.concatenate(positions), np.int64),
             slot_mapping=self._tensor(np.concatenate(slots), np.int64),
             block_table=self._tensor(table, np.int32),
             query_start=self._tensor(starts, np.int32),
             context_lens=self._tensor(np.asarray(lens), np.int32),
-            max_query_len=max(entry.num_tokens for entry in step),
+            max_query_len=max(counts),
+            dense=self._prefill.plan(counts, lens, table, size, self._device)
+            if self._prefill is not None
+            else None,
         )
 
     def _tensor(self, values: np.ndarray, dtype: type[np.generic]) -> torch.Tensor:

@@ -59,7 +59,8 @@ class DeviceRuntime:
             prefill_chunk=config.prefill_chunk,
             max_model_len=self.max_model_len,
         )
-        self._runner = ModelRunner(model, self._cache, self._features, device)
+        attention = "paged" if config.kernels == "reference" else config.attention
+        self._runner = ModelRunner(model, self._cache, self._features, device, attention=attention)
         self._kernels = references if config.kernels == "reference" else nullcontext
         self._shares: dict[str, int] = {}
         # What the loop thread is to do: a sequence, a command, or None to just look around.
