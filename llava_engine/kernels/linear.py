@@ -18,9 +18,10 @@ MAX_ROWS = 4
 """From five rows on the compiled kernels are no faster than torch's products (bench/NOTES.md)."""
 
 
-def takes(inputs: int, outputs: int, dtype: torch.dtype) -> bool:
-    """Whether the compiled kernels can have a weight [outputs, inputs] of `dtype`."""
-    return dtype in (torch.float16, torch.bfloat16) and inputs % 8 == 0 and outputs % 2 == 0
+def takes(weight: torch.Tensor) -> bool:
+    """Whether the compiled kernels can have this weight [outputs, inputs]."""
+    outputs, inputs = weight.shape
+    return weight.dtype.itemsize == 2 and inputs % 8 == 0 and outputs % 2 == 0
 
 
 def linear_add(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:

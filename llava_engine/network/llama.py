@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels import linear
+from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.attention import attention_workspace, paged_attention
 from llava_engine.kernels.norm import add_rms_norm, rms_norm
 from llava_engine.kernels.rope_kv import rope_append
@@ -131,8 +131,7 @@ class _Layer:
         self._eps = config.rms_norm_eps
         products = (self._qkv, self._out, self._gate_up, self._down)
         self.fuses = self._hidden_act in ("silu", "swish") and all(
-            product.bias is None and linear.takes(*reversed(product.weight.shape), place.dtype)
-            for product in products
+            product.bias is None and linear.takes(product.weight) for product in products
         )
 
     def decode(

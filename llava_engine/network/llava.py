@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from llava_engine.kernels import linear
 from llava_engine.kernels.projector import project
 from llava_engine.network.clip import VisionTower
 from llava_engine.network.config import LlavaConfig
@@ -85,6 +86,28 @@ class LlavaModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden rows [R, hidden] to float32 [R, vocab_size]."""
         return F.linear(hidden, self._head).float()
+
+    def decode_logits(
+        self,
+        token_ids: torch.Tensor,
+        batch: Batch,
+        k_caches: list[torch.Tensor],
+        v_caches: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """A decoding step: each sequence's last token, int64 [S], to float32 [S, vocab_size].
+
+        batch: one row per sequence; caches: as in `forward`. Needs no host synchronisation, so that
+        it can be captured into a graph.
+        """
+        decoder, head = self._decoder, self._head
+        embeds = decoder.embed(token_ids)
+        if not decoder.fuses(batch) or not linear.takes(head):
+            return self.logits(decoder(embeds, batch, k_caches, v_caches))
+        hidden = decoder.decode(embeds, batch, k_caches, v_caches)
+        logits = torch.empty(len(hidden), len(head), dtype=torch.float32, device=hidden.device)
+        eps = self.config.text.rms_norm_eps
+        linear.norm_linear(logits, hidden, decoder.norm, eps, head)
+        return logits
 
     def slots(self) -> Iterator[Slot]:
         """Every tensor that a checkpoint must have, by its published name."""
