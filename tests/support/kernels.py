@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from llava_engine.kernels.attention import attention_workspace, paged_attention
+from llava_engine.network.attention import PrefillAttention, attention
+from llava_engine.network.llama import Batch
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
@@ -83,6 +85,45 @@ class PagedContext:
         arguments = self.arguments(rows)
         paged_attention(*arguments)
         return arguments[0].cpu()
+
+    def run_step(self, prefill: PrefillAttention, *, dense: int) -> torch.Tensor:
+        """What a layer's `attention` makes of all sequences as one step, on the CPU.
+
+        dense: how many of them `prefill` must choose to take. Where these are whole prompts they
+        are to be read from the step's own rows, which are NaN otherwise, and the cache is.
+        """
+        _, q, k_cache, v_cache, table, starts, contexts, workspace, longest, scale = (
+            self.arguments()
+        )
+        new, lens = zip(*self.lengths, strict=True)
+        plan = prefill.plan(
+            new, lens, self.block_table.numpy(), self.k_cache.shape[2], torch.device(self.device)
+        )
+        assert (len(new) - plan.num_paged if plan is not None else 0) == dense
+        own = [
+            torch.cat([x[len(x) - n :] for n, x in zip(new, rows, strict=True)]).to(self.device)
+            for rows in (self.keys, self.values)
+        ]
+        if plan is not None and plan.cache_rows is None:
+            paged = self.block_table[: plan.num_paged].long().unique()
+            for cache in (k_cache, v_cache):
+                kept = cache[paged]
+                cache.fill_(torch.nan)
+                cache[paged] = kept
+        else:
+            for rows in own:
+                rows.fill_(torch.nan)
+        nowhere = torch.empty(0, dtype=torch.int64)
+        batch = Batch(
+            positions=nowhere,
+            slot_mapping=nowhere,
+            block_table=table,
+            query_start=starts,
+            context_lens=contexts,
+            max_query_len=longest,
+            dense=plan,
+        )
+        return attention(q, *own, k_cache, v_cache, batch, workspace, scale).cpu()
 
     def expected(self, dtype: torch.dtype) -> torch.Tensor:
         """Attention written out, in `dtype`; padding rows are zero."""
