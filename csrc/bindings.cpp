@@ -16,4 +16,5 @@ STABLE_TORCH_LIBRARY_IMPL(llava_engine, CUDA, m) {
   m.impl("paged_attention", TORCH_BOX(&llava_engine::paged_attention));
   m.impl("project", TORCH_BOX(&llava_engine::project));
   m.impl("sample", TORCH_BOX(&llava_engine::sample));
+  m.impl("advance", TORCH_BOX(&llava_engine::advance));
 }

@@ -43,4 +43,9 @@ void project(Tensor out, Tensor features, Tensor w1, std::optional<Tensor> b1, T
 void sample(Tensor out, Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p,
             Tensor repetition_penalty, std::optional<Tensor> seen, Tensor seed, Tensor position);
 
+// decode_step.cu
+void advance(Tensor token, Tensor position, Tensor slot, Tensor context_len,
+             Tensor sample_position, Tensor remaining, Tensor seen, Tensor step, Tensor ring,
+             Tensor sampled, Tensor eos, Tensor block_table, int64_t block_size);
+
 }  // namespace llava_engine
