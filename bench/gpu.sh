@@ -2,12 +2,12 @@
 # On a GPU machine, from a checkout with llava_engine/_kernels.so in it (python setup.py build_csrc):
 # the GPU tests, the kernels' benchmark and compute-sanitizer. Results go to a folder.
 #
-#     bench/gpu.sh [FOLDER]     PYTHON and COMMIT may be set; parts: PARTS="smoke tests bench decode sanitize"
+#     bench/gpu.sh [FOLDER]     PYTHON and COMMIT may be set; parts: PARTS="smoke tests bench step decode sanitize"
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-bench/results}}
 python=${PYTHON:-python3}
-parts=${PARTS:-smoke tests bench decode sanitize}
+parts=${PARTS:-smoke tests bench step decode sanitize}
 mkdir -p "$out"
 export COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -44,13 +44,16 @@ EOF
     bench)
       $python bench/kernels.py --json "$out/kernels.json" || failed=1
       ;;
+    step)
+      $python bench/decode_step.py --json "$out/decode_step.json" || failed=1
+      ;;
     decode)
       $python bench/decode.py --json "$out/decode.json" || failed=1
       ;;
     sanitize)
       compute-sanitizer --tool memcheck $python bench/sanitize.py > "$out/memcheck.log" 2>&1 ||
         failed=1
-      compute-sanitizer --tool racecheck $python bench/sanitize.py attention sampling \
+      compute-sanitizer --tool racecheck $python bench/sanitize.py attention sampling linear \
         > "$out/racecheck.log" 2>&1 || failed=1
       grep -ahE 'SUMMARY|^ran|Error|error' "$out/memcheck.log" "$out/racecheck.log" | sort | uniq -c |
         head -20

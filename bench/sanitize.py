@@ -1,7 +1,7 @@
 """Runs every CUDA kernel a few times at small sizes, for compute-sanitizer to watch.
 
 compute-sanitizer --tool memcheck python bench/sanitize.py
-compute-sanitizer --tool racecheck python bench/sanitize.py attention sampling
+compute-sanitizer --tool racecheck python bench/sanitize.py attention sampling linear
 """
 
 from __future__ import annotations
@@ -13,6 +13,12 @@ import torch
 from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.attention import attention_workspace, paged_attention
 from llava_engine.kernels.library import require_kernels
+from llava_engine.kernels.linear import (
+    linear_add,
+    norm_linear,
+    norm_linear_silu_mul,
+    norm_qkv_rope_append,
+)
 from llava_engine.kernels.norm import add_rms_norm, rms_norm
 from llava_engine.kernels.projector import project
 from llava_engine.kernels.rope_kv import rope_append
@@ -44,6 +50,25 @@ def ropes() -> None:
             q, k = (torch.ones(5, heads, dim, device=GPU, dtype=dtype) for heads in (4, 2))
             cache = q.new_zeros(3, 2, 2, dim)
             rope_append(q, k, k.clone(), torch.ones(5, dim, device=GPU), rows, rows, cache, cache)
+
+
+def linears() -> None:
+    for dtype in TYPES[:2]:
+        for inputs, rows in ((200, 3), (4096, 1), (1032, 8)):
+            x = torch.ones(rows, inputs, device=GPU, dtype=dtype)
+            weight = torch.ones(96, inputs, device=GPU, dtype=dtype)
+            linear_add(x.new_ones(rows, 96), x, weight)
+            norm_linear(torch.empty(rows, 96, device=GPU), x, x[0], 1e-5, weight)
+            norm_linear_silu_mul(x.new_empty(rows, 48), x, x[0], 1e-5, weight)
+            q, cache, places = (
+                x.new_empty(rows, 2, 24),
+                x.new_zeros(3, 1, 4, 24),
+                torch.arange(rows),
+            )
+            cos_sin, places = torch.ones(rows, 24, device=GPU), places.to(GPU)
+            norm_qkv_rope_append(
+                q, cache, cache.clone(), x, x[0], 1e-5, weight, cos_sin, places, places
+            )
 
 
 def projectors() -> None:
@@ -89,6 +114,7 @@ GROUPS = {
     "norm": norms,
     "activation": activations,
     "rope": ropes,
+    "linear": linears,
     "projector": projectors,
     "attention": attentions,
     "sampling": samplings,

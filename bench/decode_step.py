@@ -1,0 +1,205 @@
+"""How near to its floor is one decoding step, by batch? LLaVA-1.5-7B's shape, random fp16 weights.
+
+A step is embedding, decoder, head and greedy sampling as one CUDA graph, every sequence at a context
+of 665 tokens. Its floor is the time to read the weights and the keys and values once at the rate at
+which an H100 reads (shared/performance.md). Variants of the same step run side by side.
+
+    python bench/decode_step.py [--json PATH] [--rows 1 2 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llava_engine.kernels import linear
+from llava_engine.kernels.library import programmatic_launch, require_kernels
+from llava_engine.kernels.sampling import sample
+from llava_engine.network.config import LlavaConfig
+from llava_engine.network.llama import Batch
+from llava_engine.network.llava import LlavaModel
+from llava_engine.network.weights import random_model
+
+DEVICE = torch.device("cuda")
+CONTEXT, BLOCK, TABLE_WIDTH = 665, 64, 64
+READ_BYTES_PER_S = 3.10e12
+SHAPE = {
+    "model_type": "llava",
+    "image_token_index": 32000,
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": 32064,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+}
+
+
+def make_model(directory: Path) -> LlavaModel:
+    """Random weights of the true shape."""
+    (directory / "config.json").write_text(json.dumps(SHAPE))
+    config = LlavaConfig.from_directory(directory)
+    return random_model(config, device=DEVICE, dtype=torch.float16, seed=0)
+
+
+def make_caches(model: LlavaModel, rows: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Random keys and values for `rows` sequences."""
+    text = model.config.text
+    shape = (rows * -(-CONTEXT // BLOCK), text.num_kv_heads, BLOCK, text.head_dim)
+    keys, values = (
+        [
+            torch.randn(shape, device=DEVICE, dtype=torch.float16) * 0.1
+            for _ in range(text.num_layers)
+        ]
+        for _ in range(2)
+    )
+    return keys, values
+
+
+def make_batch(rows: int) -> Batch:
+    """Every sequence decodes its 665th token; blocks are dealt out in random order."""
+    blocks = -(-CONTEXT // BLOCK)
+    table = torch.zeros(rows, TABLE_WIDTH, dtype=torch.int32, device=DEVICE)
+    table[:, :blocks] = torch.randperm(rows * blocks, device=DEVICE).view(rows, blocks)
+    positions = torch.full((rows,), CONTEXT - 1, device=DEVICE)
+    last = table[:, (CONTEXT - 1) // BLOCK].long()
+    return Batch(
+        positions=positions,
+        slot_mapping=last * BLOCK + (CONTEXT - 1) % BLOCK,
+        block_table=table,
+        query_start=torch.arange(rows + 1, dtype=torch.int32, device=DEVICE),
+        context_lens=torch.full((rows,), CONTEXT, dtype=torch.int32, device=DEVICE),
+        max_query_len=1,
+    )
+
+
+def floor_ms(model: LlavaModel, rows: int) -> float:
+    """Weights of the decoder and its head, and the keys and values, read once."""
+    text = model.config.text
+    hidden, dim = text.hidden_size, text.head_dim
+    heads = text.num_heads + 2 * text.num_kv_heads
+    layer = heads * dim * hidden + text.num_heads * dim * hidden
+    layer += 3 * text.intermediate_size * hidden
+    weights = text.num_layers * layer + text.vocab_size * hidden
+    kept = rows * CONTEXT * 2 * text.num_kv_heads * dim * text.num_layers
+    return 2 * (weights + kept) / READ_BYTES_PER_S * 1e3
+
+
+def step_ms(step: Callable[[], object], chained: bool) -> float:
+    """The median replay of the step's graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream), programmatic_launch(chained):
+        step()
+    times = []
+    for _ in range(25):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[5:])
+
+
+def products(model: LlavaModel, rows: int) -> Callable[[], object]:
+    """The step's fused products alone, each depending on the one before."""
+    decoder = model._decoder
+    x = torch.randn(rows, 4096, device=DEVICE, dtype=torch.float16)
+    q = torch.empty(rows, 32, 128, device=DEVICE, dtype=torch.float16)
+    wide = torch.empty(rows, 11008, device=DEVICE, dtype=torch.float16)
+    logits = torch.empty(rows, 32064, device=DEVICE)
+    cache = torch.zeros(rows, 32, BLOCK, 128, device=DEVICE, dtype=torch.float16)
+    batch = make_batch(rows)
+    slots = torch.arange(rows, device=DEVICE) * BLOCK
+
+    def step() -> None:
+        for layer in decoder._layers:
+            linear.norm_qkv_rope_append(
+                q,
+                cache,
+                cache,
+                x,
+                layer.input_norm,
+                1e-5,
+                layer._qkv.weight,
+                decoder._cos_sin,
+                batch.positions,
+                slots,
+            )
+            linear.linear_add(x, q.view(rows, -1), layer._out.weight)
+            linear.norm_linear_silu_mul(wide, x, layer.post_norm, 1e-5, layer._gate_up.weight)
+            linear.linear_add(x, wide, layer._down.weight)
+        linear.norm_linear(logits, x, decoder.norm, 1e-5, model._head)
+
+    return step
+
+
+def whole(
+    model: LlavaModel, rows: int, caches: tuple[list[torch.Tensor], list[torch.Tensor]]
+) -> Callable[[], object]:
+    """Embedding to sampled token."""
+    batch = make_batch(rows)
+    tokens = torch.randint(32000, (rows,), device=DEVICE)
+    zeros, ones = torch.zeros(rows, device=DEVICE), torch.ones(rows, device=DEVICE)
+
+    def step() -> None:
+        logits = model.decode_logits(tokens, batch, *caches)
+        none = zeros.int()
+        sample(tokens, logits, zeros, none, ones, ones, None, batch.positions, batch.positions)
+
+    return step
+
+
+def main() -> None:
+    """Print a table of step times; write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    arguments = parser.parse_args()
+    require_kernels(DEVICE)
+    most = linear.MAX_ROWS
+    results = []
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as directory:
+        model = make_model(Path(directory))
+        caches = make_caches(model, max(arguments.rows))
+        for rows in arguments.rows:
+            row = {"rows": rows, "floor_ms": floor_ms(model, rows)}
+            row["step_ms"] = step_ms(whole(model, rows, caches), chained=True)
+            row["unchained_ms"] = step_ms(whole(model, rows, caches), chained=False)
+            if rows <= most:
+                row["products_ms"] = step_ms(products(model, rows), chained=True)
+                row["products_unchained_ms"] = step_ms(products(model, rows), chained=False)
+                linear.MAX_ROWS = 0
+                row["unfused_ms"] = step_ms(whole(model, rows, caches), chained=True)
+                linear.MAX_ROWS = most
+            row["of_floor"] = row["floor_ms"] / row["step_ms"]
+            results.append(row)
+            print({name: round(value, 3) for name, value in row.items()}, flush=True)
+    record = {
+        "commit": os.environ.get("COMMIT", "unknown"),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "context": CONTEXT,
+        "read_bytes_per_s": READ_BYTES_PER_S,
+        "steps": results,
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
