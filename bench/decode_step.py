@@ -1,8 +1,8 @@
 """How near to its floor is one decoding step, by batch? LLaVA-1.5-7B's shape, random fp16 weights.
 
-A step is embedding, decoder, head and greedy sampling as one CUDA graph, every sequence at a context
-of 665 tokens. Its floor is the time to read the weights and the keys and values once at the rate at
-which an H100 reads (shared/performance.md). Variants of the same step run side by side.
+A step is embedding, decoder, head and greedy sampling as one CUDA graph, every sequence at a
+context of 665 tokens. Its floor is the time to read the weights and the keys and values once, at the
+rate at which an H100 reads (shared/performance.md). Variants of the same step run side by side.
 
     python bench/decode_step.py [--json PATH] [--rows 1 2 ...]
 """

@@ -16,9 +16,7 @@ class QkvCase:
     """Arguments of norm_qkv_rope_append; the cache has 40 blocks of 5."""
 
     heads: tuple[int, int, int]
-    inputs: tuple[
-        torch.Tensor, torch.Tensor, float, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-    ]
+    inputs: tuple[Any, ...]
 
     def blank(self, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
         """Poisoned q, k_cache and v_cache."""
