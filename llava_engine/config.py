@@ -29,6 +29,8 @@ class EngineConfig:
         the engine's own for the rest, "torch" and "flash_attn" that of torch or of the flash-attn
         package for every chunk, "paged" the engine's own for all. Decoding always takes the latter,
         and so does what flash kernels are not made for, such as float32.
+    programmatic_launch: let the kernels of a decoding step start before their predecessors end, on
+        GPUs that can (Hopper and later).
     block_size: tokens per KV block.
     kv_cache_mb: a worker's share of the KV cache in MiB; None takes the model's default.
     max_batch: sequences that decode at once.
@@ -44,6 +46,7 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     kernels: Literal["auto", "reference"] = "auto"
     attention: Literal["auto", "paged", "torch", "flash_attn"] = "auto"
+    programmatic_launch: bool = True
     block_size: int = 64
     kv_cache_mb: int | None = None
     max_batch: int = 64
@@ -160,6 +163,10 @@ def _parse(text: str, hint: Any) -> Any:
     if type(None) in options and text.lower() in ("", "none"):
         return None
     kind = next(option for option in options if option is not type(None))
+    if kind is bool:
+        if text.lower() not in ("0", "1", "false", "true"):
+            raise ValueError("must be 0, 1, false or true")
+        return text.lower() in ("1", "true")
     if kind is int:
         return int(text)
     if kind is float:

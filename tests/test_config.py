@@ -65,3 +65,19 @@ def test_a_bad_value_names_its_field(
 def test_unknown_fields_are_refused() -> None:
     with pytest.raises(TypeError, match="unknown"):
         PoolConfig(unknown=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", False), ("1", True), ("False", False), ("true", True)]
+)
+def test_a_switch_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch, text: str, value: bool
+) -> None:
+    monkeypatch.setenv("LLAVA_ENGINE_PROGRAMMATIC_LAUNCH", text)
+    assert EngineConfig.from_env().programmatic_launch is value
+
+
+def test_a_switch_that_is_neither_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_ENGINE_PROGRAMMATIC_LAUNCH", "maybe")
+    with pytest.raises(ValueError, match="LLAVA_ENGINE_PROGRAMMATIC_LAUNCH='maybe'"):
+        EngineConfig.from_env()
