@@ -7,7 +7,11 @@ implementation, `native_loop.NativeLoop`, launches captured steps ahead and need
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
+
+import torch
 
 
 class TokenEvent(NamedTuple):
@@ -42,8 +46,9 @@ class DecodeLoop(Protocol):
         """Start a run over rows 0 to `rows` - 1, all of them active, as prepared.
 
         Its steps are first_step, first_step + 1, ...: at most `max_steps`, which is at most the
-        ring's length, and none is started once `stop` was called or at most `stop_at` rows are
-        unfinished. Raises DeviceFailed, and ValueError while a run is on.
+        ring's length, and none but the first is started once `stop` was called or at most `stop_at`
+        rows are unfinished. (The first is, so that no storm of stops can keep a batch from ever
+        getting on.) Raises DeviceFailed, and ValueError while a run is on.
         """
 
     def wait(self, timeout: float | None) -> tuple[list[TokenEvent], bool]:
@@ -65,3 +70,65 @@ class DecodeLoop(Protocol):
 
     def close(self) -> None:
         """Wait for the steps in flight and release everything; no-op when closed already."""
+
+
+class EagerLoop:
+    """Runs a step in each `wait`, in the caller's thread: on the CPU, and for the references.
+
+    step: runs a step of the first n rows; the ring has its tokens when it returns. ring: int32
+    [ring_steps, max_batch, 4], see kernels.decode_step. What `step` raises comes out of `wait`, and
+    the run is over.
+    """
+
+    def __init__(self, step: Callable[[int], None], ring: torch.Tensor) -> None:
+        self._step = step
+        self._ring = ring.numpy()
+        self._next = self._end = 0
+        self._stop_at = 0
+        self._unfinished: set[int] = set()
+        self._stopped = False
+
+    def prepare(self, rows: int) -> None:
+        """Nothing is captured."""
+
+    def run(self, rows: int, first_step: int, max_steps: int, stop_at: int) -> None:
+        """See DecodeLoop."""
+        if self._unfinished:
+            raise ValueError("a run is on")
+        self._next, self._end = first_step, first_step + max_steps
+        self._stop_at = stop_at
+        self._unfinished = set(range(rows))
+        self._rows = rows
+        self._stopped = False
+
+    def wait(self, timeout: float | None) -> tuple[list[TokenEvent], bool]:
+        """See DecodeLoop; never blocks longer than a step takes."""
+        if not self._unfinished:
+            return [], True
+        try:
+            self._step(self._rows)
+        except BaseException:
+            self._unfinished.clear()
+            raise
+        now = time.monotonic_ns()
+        entries = self._ring[self._next % len(self._ring)]
+        events = [
+            TokenEvent(self._next, row, int(entries[row, 1]), bool(entries[row, 2] & 1), now)
+            for row in sorted(self._unfinished)
+        ]
+        self._next += 1
+        self._unfinished.difference_update(event.row for event in events if event.finished)
+        if self._stopped or self._next == self._end or len(self._unfinished) <= self._stop_at:
+            self._unfinished.clear()
+        return events, not self._unfinished
+
+    def stop(self) -> None:
+        """See DecodeLoop."""
+        self._stopped = True
+
+    def wake(self) -> None:
+        """Nothing blocks."""
+
+    def close(self) -> None:
+        """See DecodeLoop."""
+        self._unfinished.clear()

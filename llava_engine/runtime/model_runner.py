@@ -19,6 +19,7 @@ from llava_engine.runtime.kv_cache import KVCache
 from llava_engine.runtime.sampler import Sampler
 from llava_engine.runtime.scheduler import Scheduled
 from llava_engine.runtime.sequence import Picture, Sequence
+from llava_engine.runtime.streams import DeviceStreams
 
 
 class ModelRunner:
@@ -29,7 +30,7 @@ class ModelRunner:
         model: LlavaModel,
         cache: KVCache,
         features: FeatureCache,
-        device: torch.device,
+        streams: DeviceStreams,
         *,
         attention: str = "paged",
     ) -> None:
@@ -37,7 +38,8 @@ class ModelRunner:
         self._model = model
         self._cache = cache
         self._features = features
-        self._device = device
+        self._streams = streams
+        self._device = device = model.device
         text = model.config.text
         self._sampler = Sampler(text.vocab_size, model.config.image_token_id, device)
         self._dtype = model.dtype
@@ -77,8 +79,8 @@ class ModelRunner:
                     entry.sequence.features[picture.key] = known
         if missing:
             pixels = np.stack([picture.pixels for picture in missing.values()])
-            batch = torch.from_numpy(pixels).to(self._device, self._dtype)
-            encoded = self._model.encode_images(batch)
+            batch = self._streams.upload(torch.from_numpy(pixels))
+            encoded = self._model.encode_images(batch.to(self._dtype))
             for key, batched in zip(missing, encoded.unbind(), strict=True):
                 features = batched.clone()  # a view would keep the whole batch alive
                 self._features.put(key, features)

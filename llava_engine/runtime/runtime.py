@@ -21,22 +21,37 @@ from llava_engine.config import EngineConfig
 from llava_engine.errors import LlavaError, MemoryExhausted, RequestFailed, WorkerDied
 from llava_engine.kernels.library import references
 from llava_engine.network.llava import LlavaModel
+from llava_engine.runtime.decode_loop import DeviceFailed, TokenEvent
+from llava_engine.runtime.decode_state import RING_STEPS
+from llava_engine.runtime.decoder import Decoder
 from llava_engine.runtime.feature_cache import FeatureCache
 from llava_engine.runtime.kv_cache import BlockPool, KVCache
 from llava_engine.runtime.model_runner import ModelRunner
 from llava_engine.runtime.scheduler import Scheduled, Scheduler
-from llava_engine.runtime.sequence import Sequence
+from llava_engine.runtime.sequence import Sequence, SequenceStatus
+from llava_engine.runtime.streams import DeviceStreams
 
 logger = logging.getLogger(__name__)
+
+LOST = (torch.AcceleratorError, DeviceFailed)
+"""After one of these the CUDA context is lost, and every sequence with it."""
 
 
 class DeviceRuntime:
     """Runs sequences of `model` on `device` until `close`.
 
     It starts without KV blocks; each `add_worker` brings a share. All methods are thread-safe.
+    on_tokens: called on the loop thread with what decoding gave, in order; must return at once.
     """
 
-    def __init__(self, model: LlavaModel, *, device: torch.device, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: LlavaModel,
+        *,
+        device: torch.device,
+        config: EngineConfig,
+        on_tokens: Callable[[list[TokenEvent]], None] | None = None,
+    ) -> None:
         text = model.config.text
         self.device = device
         self.max_model_len = min(
@@ -60,7 +75,18 @@ class DeviceRuntime:
             max_model_len=self.max_model_len,
         )
         attention = "paged" if config.kernels == "reference" else config.attention
-        self._runner = ModelRunner(model, self._cache, self._features, device, attention=attention)
+        self._streams = DeviceStreams(device)
+        self._runner = ModelRunner(
+            model, self._cache, self._features, self._streams, attention=attention
+        )
+        self._decoder = Decoder(
+            model,
+            self._cache,
+            self._streams,
+            max_model_len=self.max_model_len,
+            config=config,
+        )
+        self._on_tokens = on_tokens
         self._kernels = references if config.kernels == "reference" else nullcontext
         self._shares: dict[str, int] = {}
         # What the loop thread is to do: a sequence, a command, or None to just look around.
@@ -122,6 +148,7 @@ class DeviceRuntime:
     def wake(self) -> None:
         """Look now for sequences whose sink is cancelled. Takes no lock."""
         self._inbox.put(None)
+        self._decoder.stop()
 
     def on_death(self, callback: Callable[[BaseException], None]) -> None:
         """Call `callback` with the cause if the loop thread dies; at once if it already has."""
@@ -142,6 +169,7 @@ class DeviceRuntime:
         with self._lock:
             if self._open:
                 self._inbox.put(item)
+                self._decoder.stop()
             return self._open
 
     def _command(self, action: Callable[[], None]) -> None:
@@ -170,8 +198,11 @@ class DeviceRuntime:
         moves = self._blocks.resize(total)
         for sequence in self._scheduler.running:
             sequence.block_table = [moves.get(block, block) for block in sequence.block_table]
+        self._decoder.forget()  # captured steps have the old tensors' addresses
         try:
             self._cache.resize(total, moves)
+            if total > before:
+                self._decoder.prepare(1)
         except RuntimeError as error:  # torch's OutOfMemoryError, and what its CPU allocator raises
             self._blocks.resize(before)
             self._cache.resize(before, {})
@@ -189,11 +220,13 @@ class DeviceRuntime:
 
     def _loop(self) -> None:
         try:
-            with torch.inference_mode(), self._kernels():
+            with torch.inference_mode(), self._kernels(), self._streams.prefilling():
                 while not self._closing:
                     self._receive()
                     step = self._scheduler.schedule(time.monotonic())
-                    if step:
+                    if step and all(self._decodes(entry) for entry in step):
+                        self._decode(step)
+                    elif step:
                         self._run(step)
         except BaseException as error:  # noqa: BLE001  whatever it is, no stream may hang
             logger.exception("The runtime on %s died.", self.device)
@@ -221,10 +254,11 @@ class DeviceRuntime:
             self._scheduler.reap()
 
     def _run(self, step: list[Scheduled]) -> None:
+        """One step of anything, pictures and long prompts included."""
         try:
             tokens = self._runner.run(step)
-        except torch.AcceleratorError:
-            raise  # the CUDA context is lost, and every sequence with it
+        except LOST:
+            raise
         except Exception as error:
             # Its frames hold the step's tensors: memory that the next try may need, and that would
             # be kept as long as a reader keeps the exception.
@@ -242,6 +276,58 @@ class DeviceRuntime:
         for entry in step:
             self._run([entry])
 
+    def _decodes(self, entry: Scheduled) -> bool:
+        """Whether the entry is a decoding step's."""
+        return entry.num_tokens == 1 and entry.completes and self._decoder.takes(entry.sequence)
+
+    def _decode(self, step: list[Scheduled]) -> None:
+        """Many steps of decoding alone, until somebody wants something or too few are left."""
+        sequences = [entry.sequence for entry in step]
+        steps = self._scheduler.reserve(sequences, RING_STEPS)
+        try:
+            self._decoder.start(
+                sequences,
+                [self._scheduler.remaining(sequence) for sequence in sequences],
+                steps,
+                until_one_ends=self._scheduler.num_waiting > 0,
+            )
+            self._deliver()
+        except LOST:
+            raise
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)
+            logger.warning("Decoding failed; running each sequence alone.", exc_info=error)
+        else:
+            return
+        finally:
+            self._scheduler.trim()
+        # What was delivered is right; the rest finds out alone whose failure it was.
+        for sequence in sequences:
+            if sequence.status is SequenceStatus.RUNNING:
+                self._run([Scheduled(sequence, 1)])
+
+    def _deliver(self) -> None:
+        """Hand out tokens until the run has ended, and end it early when there is other work.
+
+        Nothing put into the inbox is overlooked: who puts something there calls `stop` afterwards.
+        Either the item was there when we look, before each wait, and we stop the run ourselves. Or
+        it came later, and so did the `stop`, which finds the run on and ends it, or at the least
+        makes this wait return, after which we look again.
+        """
+        cancelled, ended = False, False
+        while not ended:
+            deadline = self._scheduler.next_deadline()
+            left = None if deadline is None else deadline - time.monotonic()
+            if cancelled or not self._inbox.empty() or (left is not None and left <= 0):
+                self._decoder.stop()
+                left = None  # only what is in flight is still to come
+            tokens, ended = self._decoder.wait(left)
+            if self._on_tokens is not None and tokens:
+                self._on_tokens([event for _, event in tokens])
+            for sequence, event in tokens:
+                self._scheduler.complete(Scheduled(sequence, 1), event.token)
+                cancelled = cancelled or sequence.sink.cancelled
+
     def _shut(self) -> None:
         """No more work: fail what is left, run what waits for an answer, free the memory."""
         with self._lock:
@@ -258,6 +344,7 @@ class DeviceRuntime:
                 item.sink.fail(self._gone())
             elif item is not None:
                 item()
+        self._decoder.close()
         del self._runner
         self._weights_bytes = 0
         self._features.clear()

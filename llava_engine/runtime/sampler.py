@@ -50,8 +50,14 @@ class Sampler:
         )
         for row, sequence in enumerate(sequences):
             if sequence.sampling.repetition_penalty != 1.0:
-                ids = {token for token in sequence.token_ids if token >= 0}
-                if sequence.pictures:
-                    ids.add(self._image_token_id)
-                seen[row, self._column(sorted(ids), torch.int64)] = True
+                ids = seen_ids(sequence, self._image_token_id)
+                seen[row, self._column(ids, torch.int64)] = True
         return seen
+
+
+def seen_ids(sequence: Sequence, image_token_id: int) -> list[int]:
+    """The vocabulary ids that a repetition penalty applies to."""
+    ids = {token for token in sequence.token_ids if token >= 0}
+    if sequence.pictures:
+        ids.add(image_token_id)
+    return sorted(ids)

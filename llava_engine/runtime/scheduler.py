@@ -113,11 +113,57 @@ class Scheduler:
         sequence.sink.put(token_id)
         if token_id in sequence.eos_token_ids and not sequence.sampling.ignore_eos:
             self.finish(sequence, FinishReason.STOP)
-        elif (
-            sequence.completion_len >= sequence.max_new_tokens
-            or len(sequence) >= self._max_model_len
-        ):
+        elif self.remaining(sequence) <= 0:
             self.finish(sequence, FinishReason.LENGTH)
+
+    def remaining(self, sequence: Sequence) -> int:
+        """Tokens that may still be sampled for it."""
+        return min(
+            sequence.max_new_tokens - sequence.completion_len, self._max_model_len - len(sequence)
+        )
+
+    def reserve(self, sequences: list[Sequence], max_steps: int) -> int:
+        """Give decoding sequences blocks for as many steps as fit, and return how many: at least
+        one, for which `schedule` has seen to, and no more than `max_steps` or than any can use.
+
+        Nobody is preempted for it. `trim` takes back what the steps did not use.
+        """
+        limits = [min(max_steps, self.remaining(sequence)) for sequence in sequences]
+
+        def lacking(steps: int) -> list[int]:
+            """Blocks that each lacks: the last token it samples needs no place yet."""
+            return [
+                max(
+                    0,
+                    self._blocks_for(len(sequence) + min(steps, limit) - 1)
+                    - len(sequence.block_table),
+                )
+                for sequence, limit in zip(sequences, limits, strict=True)
+            ]
+
+        fits, beyond = 1, max(limits) + 1
+        while beyond - fits > 1:
+            steps = (fits + beyond) // 2
+            if sum(lacking(steps)) <= self._pool.num_free:
+                fits = steps
+            else:
+                beyond = steps
+        for sequence, count in zip(sequences, lacking(fits), strict=True):
+            sequence.block_table += self._pool.allocate(count)
+        return fits
+
+    def trim(self) -> None:
+        """Take back the blocks that lie behind the running sequences' tokens."""
+        for sequence in self.running:
+            needed = self._blocks_for(len(sequence))
+            self._pool.free(sequence.block_table[needed:])
+            del sequence.block_table[needed:]
+
+    def next_deadline(self) -> float | None:
+        """When `schedule` must be called at the latest, in time.monotonic() seconds."""
+        while self._deadlines and self._deadlines[0][2].status is SequenceStatus.FINISHED:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence and free its blocks."""
