@@ -58,8 +58,10 @@ class StepGraphs:
     def clear(self) -> None:
         """Drop every graph, when what is in flight is done: the tensors that they read move."""
         if self._graphs:
-            self._stream.synchronize()
-            self._graphs.clear()
+            try:
+                self._stream.synchronize()
+            finally:
+                self._graphs.clear()
 
     def _capture(self, bucket: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

@@ -117,10 +117,12 @@ class Decoder:
     def close(self) -> None:
         """Wait for what is in flight and free the device's memory. Only `stop` may be called then,
         to no effect."""
-        self._loop.close()
-        self.forget()
-        del self._model, self._cache, self._state
-        self._rows = []
+        try:
+            self._loop.close()
+            self.forget()
+        finally:
+            del self._model, self._cache, self._state
+            self._rows = []
 
     def _worth(self, rows: int) -> int:
         """The number of unfinished rows at which a new run with fewer is faster."""

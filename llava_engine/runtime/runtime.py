@@ -203,6 +203,8 @@ class DeviceRuntime:
             self._cache.resize(total, moves)
             if total > before:
                 self._decoder.prepare(1)
+        except LOST:
+            raise
         except RuntimeError as error:  # torch's OutOfMemoryError, and what its CPU allocator raises
             self._blocks.resize(before)
             self._cache.resize(before, {})
@@ -284,35 +286,34 @@ class DeviceRuntime:
         """Many steps of decoding alone, until somebody wants something or too few are left."""
         sequences = [entry.sequence for entry in step]
         steps = self._scheduler.reserve(sequences, RING_STEPS)
+        remaining = [self._scheduler.remaining(sequence) for sequence in sequences]
         try:
             self._decoder.start(
-                sequences,
-                [self._scheduler.remaining(sequence) for sequence in sequences],
-                steps,
-                until_one_ends=self._scheduler.num_waiting > 0,
+                sequences, remaining, steps, until_one_ends=self._scheduler.num_waiting > 0
             )
-            self._deliver()
         except LOST:
             raise
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)
-            logger.warning("Decoding failed; running each sequence alone.", exc_info=error)
+            failure: Exception | None = error
         else:
+            failure = self._deliver()
+        self._scheduler.trim()
+        if failure is None:
             return
-        finally:
-            self._scheduler.trim()
+        traceback.clear_frames(failure.__traceback__)  # as in _run
+        logger.warning("Decoding failed; running each sequence alone.", exc_info=failure)
         # What was delivered is right; the rest finds out alone whose failure it was.
         for sequence in sequences:
             if sequence.status is SequenceStatus.RUNNING:
                 self._run([Scheduled(sequence, 1)])
 
-    def _deliver(self) -> None:
+    def _deliver(self) -> Exception | None:
         """Hand out tokens until the run has ended, and end it early when there is other work.
 
-        Nothing put into the inbox is overlooked: who puts something there calls `stop` afterwards.
-        Either the item was there when we look, before each wait, and we stop the run ourselves. Or
-        it came later, and so did the `stop`, which finds the run on and ends it, or at the least
-        makes this wait return, after which we look again.
+        Returns what a step failed with. Nothing put into the inbox is overlooked: who puts
+        something there calls `stop` afterwards. Either the item was there when we look, before each
+        wait, and we stop the run ourselves. Or it came later, and so did the `stop`, which finds
+        the run on and ends it, or at the least makes this wait return, after which we look again.
         """
         cancelled, ended = False, False
         while not ended:
@@ -321,12 +322,18 @@ class DeviceRuntime:
             if cancelled or not self._inbox.empty() or (left is not None and left <= 0):
                 self._decoder.stop()
                 left = None  # only what is in flight is still to come
-            tokens, ended = self._decoder.wait(left)
+            try:
+                tokens, ended = self._decoder.wait(left)
+            except LOST:
+                raise
+            except Exception as error:
+                return error
             if self._on_tokens is not None and tokens:
                 self._on_tokens([event for _, event in tokens])
             for sequence, event in tokens:
                 self._scheduler.complete(Scheduled(sequence, 1), event.token)
                 cancelled = cancelled or sequence.sink.cancelled
+        return None
 
     def _shut(self) -> None:
         """No more work: fail what is left, run what waits for an answer, free the memory."""
@@ -344,16 +351,25 @@ class DeviceRuntime:
                 item.sink.fail(self._gone())
             elif item is not None:
                 item()
-        self._decoder.close()
-        del self._runner
-        self._weights_bytes = 0
-        self._features.clear()
-        self._blocks = BlockPool(0, self._blocks.block_size)
-        self._cache.resize(0, {})
-        self._release_cached_memory()
+        try:
+            self._free_memory()
+        except Exception as error:  # where the device is lost, this is too
+            logger.warning("Freeing the memory of %s failed.", self.device, exc_info=error)
+            self._death = self._death or error
         if self._death is not None:
             for callback in callbacks:
                 callback(self._death)
+
+    def _free_memory(self) -> None:
+        try:
+            self._decoder.close()  # first: steps in flight still write to the cache
+        finally:
+            del self._runner
+            self._weights_bytes = 0
+            self._features.clear()
+            self._blocks = BlockPool(0, self._blocks.block_size)
+            self._cache.resize(0, {})
+            self._release_cached_memory()
 
     def _gone(self) -> WorkerDied:
         died = WorkerDied(f"The runtime on {self.device} has ended.")
