@@ -263,3 +263,91 @@ def test_make_room_preempts_the_last_in_rank_first() -> None:
         pass
     assert isinstance(sink(early).error, MemoryExhausted) or sink(early).tokens
     assert pool.num_free == pool.num_blocks
+
+
+def test_blocks_are_reserved_for_the_steps_that_fit_and_taken_back() -> None:
+    plan, pool = scheduler(blocks=7)
+    one, two = sequence([1] * 4, 30, ignore_eos=True), sequence([2] * 6, 4, ignore_eos=True)
+    for each in (one, two):
+        plan.add(each)
+    advance(plan)
+    assert (len(one), len(two), pool.num_free) == (5, 7, 7 - 1 - 2)
+    assert len(plan.schedule(0.0)) == 2  # a block for the fifth token of the first
+    assert pool.num_free == 3
+    # The second needs one more block for its ninth token, and none after that: it ends with its
+    # tenth. So the first can have two, and places for 16 tokens.
+    assert plan.reserve([one, two], 100) == 12
+    assert (len(one.block_table), len(two.block_table), pool.num_free) == (4, 3, 0)
+    plan.trim()
+    assert (len(one.block_table), len(two.block_table), pool.num_free) == (2, 2, 3)
+
+
+def test_no_more_is_reserved_than_asked_for_or_than_anyone_can_use() -> None:
+    plan, pool = scheduler()
+    one = sequence([1] * 4, 7, ignore_eos=True)
+    plan.add(one)
+    advance(plan)
+    plan.schedule(0.0)
+    assert plan.reserve([one], 2) == 2
+    assert plan.reserve([one], 100) == 6  # the first of seven was sampled
+    assert len(one.block_table) == 3  # tokens 0 to 9; the last one needs no place
+    plan.trim()
+    assert len(one.block_table) == 2  # tokens 0 to 4
+    assert pool.num_free == pool.num_blocks - 2
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_runs_of_decoding_change_no_token_and_lose_no_block(seed: int) -> None:
+    """Random runs between steps, broken off anywhere, in a pool that is too small."""
+    chance = random.Random(seed)
+    plan, pool = scheduler(blocks=chance.choice([9, 12, 40]), max_model_len=24)
+    waiting = [
+        sequence([chance.randrange(8, 50)] * chance.randint(1, 15), chance.randint(1, 15))
+        for _ in range(12)
+    ]
+    every = list(waiting)
+    for each in every:
+        each.sampling = SamplingParams(ignore_eos=True)
+    while waiting or plan.running or plan.num_waiting:
+        if waiting and chance.random() < 0.3:
+            plan.add(waiting.pop())
+        step = plan.schedule(0.0)
+        if not step or not all(entry.num_tokens == 1 and entry.completes for entry in step):
+            for entry in step:
+                completes = entry.completes
+                plan.complete(entry, next_token(entry.sequence) if completes else None)
+            continue
+        sequences = [entry.sequence for entry in step]
+        steps = plan.reserve(sequences, chance.choice([1, 3, 256]))
+        assert 1 <= steps <= max(plan.remaining(each) for each in sequences)
+        for _ in range(chance.randint(1, steps)):
+            for each in sequences:
+                if each.status is SequenceStatus.RUNNING:
+                    assert each.computed // pool.block_size < len(each.block_table)
+                    plan.complete(Scheduled(each, 1), next_token(each))
+        plan.trim()
+        for each in plan.running:
+            needed, at_most = (-(-n // pool.block_size) for n in (each.computed, len(each)))
+            assert needed <= len(each.block_table) <= at_most
+        held = sum(len(each.block_table) for each in plan.running)
+        assert pool.num_blocks - pool.num_free <= held  # equal beginnings share blocks
+    assert pool.num_free == pool.num_blocks
+    for each in every:
+        count = min(each.max_new_tokens, 24 - each.prompt_len)
+        assert sink(each).tokens == expected(each.token_ids[: each.prompt_len], count)
+        assert sink(each).reason is FinishReason.LENGTH
+
+
+def test_the_next_deadline_is_that_of_a_sequence_which_still_needs_it() -> None:
+    plan, _ = scheduler()
+    assert plan.next_deadline() is None
+    first, second = sequence([1], 1, deadline=5.0), sequence([2], 9, deadline=7.0)
+    for each in (second, first, sequence([3], 9)):
+        plan.add(each)
+    assert plan.next_deadline() == 5.0
+    advance(plan)
+    assert sink(first).reason is FinishReason.LENGTH
+    assert plan.next_deadline() == 7.0
+    plan.schedule(7.0)
+    assert isinstance(sink(second).error, RequestTimeout)
+    assert plan.next_deadline() is None
