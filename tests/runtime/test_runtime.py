@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -19,6 +20,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_engine import EngineConfig, FinishReason, SamplingParams
 from llava_engine.errors import LlavaError, MemoryExhausted, RequestFailed, WorkerDied
+from llava_engine.network.attention import DensePrefill, PrefillAttention
 from llava_engine.network.llava import LlavaModel
 from llava_engine.network.weights import load_model
 from llava_engine.runtime.runtime import DeviceRuntime
@@ -132,7 +134,7 @@ def runtime(world: World) -> Iterator[DeviceRuntime]:
     yield from running(world, blocks=400)
 
 
-def running(world: World, blocks: int, **options: int) -> Iterator[DeviceRuntime]:
+def running(world: World, blocks: int, **options: object) -> Iterator[DeviceRuntime]:
     config = EngineConfig(device="cpu", **{"block_size": 8, "prefill_chunk": 24, **options})
     made = DeviceRuntime(world.ours, device=CPU, config=config)
     made.add_worker("one", blocks * made.kv_block_bytes)
@@ -192,6 +194,30 @@ def test_batched_equals_alone_and_transformers(world: World, runtime: DeviceRunt
         alone = Sink()
         runtime.submit(world.sequence(request.picture, request.question, request.count, alone))
         assert alone.wait() == world.expected(request.picture, request.question, request.count)
+
+
+def test_chunks_over_dense_keys_give_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole prompts, chunks and cached prefixes, beside decoding rows and alone."""
+    plans: list[DensePrefill | None] = []
+    plan = PrefillAttention.plan
+
+    def watched(self: PrefillAttention, *arguments: Any) -> DensePrefill | None:
+        plans.append(plan(self, *arguments))
+        return plans[-1]
+
+    monkeypatch.setattr(PrefillAttention, "plan", watched)
+    asked = requests(8, 24, 400)
+    for runtime in running(world, blocks=400, attention="torch"):
+        sinks = [Sink() for _ in asked]
+        for request, sink in zip(asked, sinks, strict=True):
+            runtime.submit(world.sequence(request.picture, request.question, request.count, sink))
+        for request, sink in zip(asked, sinks, strict=True):
+            want = world.expected(request.picture, request.question, request.count)
+            assert sink.wait() == want
+    kinds = {(made.num_paged > 0, made.cache_rows is not None) for made in plans if made}
+    assert (True, True) in kinds  # gathered keys, beside decoding rows
 
 
 def test_a_prefix_hit_equals_a_cold_run(world: World, runtime: DeviceRuntime) -> None:
