@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -169,7 +172,9 @@ def test_more_ends_than_a_row_holds(world: World, runs: list[Told]) -> None:
         settled(runtime)
 
 
-def test_a_cached_prompt_that_ends_in_a_picture(world: World) -> None:
+def test_a_cached_prompt_that_ends_in_a_picture(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its last token is a placeholder: no token of the vocabulary that a row could begin with."""
     want = world.expected(0, [], 5)
     for runtime in running(world, 400, block_size=world.ours.config.image_tokens):
@@ -178,6 +183,7 @@ def test_a_cached_prompt_that_ends_in_a_picture(world: World) -> None:
             runtime.submit(world.sequence(0, [], 5, sink))
             assert sink.wait() == want
             assert sink.cached == cached
+    assert not caplog.records, "it was tried in a run"
 
 
 def test_the_hook_sees_every_decoded_token_in_time(world: World) -> None:
@@ -195,27 +201,77 @@ def test_the_hook_sees_every_decoded_token_in_time(world: World) -> None:
     assert steps == list(range(steps[0], steps[0] + 29))
 
 
+class Guest(Sink):
+    """Notes how far somebody else was when it ended."""
+
+    def __init__(self, host: Sink) -> None:
+        super().__init__()
+        self.host, self.host_was_at = host, 0
+
+    def finish(self, reason: FinishReason) -> None:
+        self.host_was_at = len(self.host.tokens)
+        super().finish(reason)
+
+
 def test_who_comes_during_a_run_does_not_wait_for_its_end(world: World) -> None:
     for runtime in running(world, 400):
-        patient, guest = Sink(), Sink()
+        patient = Sink()
+        guest = Guest(patient)
         runtime.submit(world.sequence(None, [20], 200, patient))
         while not patient.tokens:
             time.sleep(0.001)
         runtime.submit(world.sequence(None, [30], 2, guest))
         assert guest.wait() == world.expected(None, [30], 2)
-        assert not patient.ended.is_set()
+        assert guest.host_was_at < 200
         assert patient.wait() == world.expected(None, [20], 200)
 
 
-def test_a_deadline_ends_its_own_row_during_a_run(world: World) -> None:
+def test_who_comes_while_a_run_starts_is_not_overlooked(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its `stop` finds no run to stop."""
+    patient = Sink()
+    guest = Guest(patient)
+    start = Decoder.start
+    submit: list[Callable[[], None]] = []
+
+    def late(self: Decoder, *arguments: Any, **options: Any) -> None:
+        if submit:
+            submit.pop()()
+        start(self, *arguments, **options)
+
+    monkeypatch.setattr(Decoder, "start", late)
+    for runtime in running(world, 400):
+        submit.append(partial(runtime.submit, world.sequence(None, [30], 2, guest)))
+        runtime.submit(world.sequence(None, [20], 200, patient))
+        assert guest.wait() == world.expected(None, [30], 2)
+        assert guest.host_was_at < 10
+        assert patient.wait() == world.expected(None, [20], 200)
+
+
+def test_a_deadline_ends_its_own_row_during_a_run(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = LlavaModel.decode_logits
+    deadline = time.monotonic() + 1
+    calls = 0
+
+    def slow(self: LlavaModel, *arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        while calls == 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(LlavaModel, "decode_logits", slow)
     for runtime in running(world, 400):
         late, other = Sink(), Sink()
-        now = time.monotonic()
-        runtime.submit(world.sequence(None, [20], 100_000, late, deadline=now + 0.2))
+        runtime.submit(world.sequence(None, [20], 100_000, late, deadline=deadline))
         runtime.submit(world.sequence(None, [30], 150, other))
         assert other.wait() == world.expected(None, [30], 150)
         with pytest.raises(RequestTimeout):
             late.wait()
+        assert len(late.tokens) < 8
         settled(runtime)
 
 
@@ -234,7 +290,7 @@ def test_a_step_that_fails_costs_no_token(world: World, monkeypatch: pytest.Monk
     original = LlavaModel.decode_logits
     calls = 0
 
-    def failing(self: LlavaModel, *arguments: object) -> torch.Tensor:
+    def failing(self: LlavaModel, *arguments: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls in (3, 4, 20):
@@ -257,7 +313,7 @@ def test_a_row_that_fails_alone_too_ends_alone(
 ) -> None:
     run = ModelRunner.run
 
-    def broken(self: LlavaModel, *arguments: object) -> torch.Tensor:
+    def broken(self: LlavaModel, *arguments: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("planted")
 
     def picky(self: ModelRunner, step: list[Scheduled]) -> list[int | None]:
@@ -282,7 +338,7 @@ def test_a_row_that_fails_alone_too_ends_alone(
 def test_a_lost_device_ends_every_stream(
     world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def lost(self: LlavaModel, *arguments: object) -> torch.Tensor:
+    def lost(self: LlavaModel, *arguments: Any) -> torch.Tensor:
         raise error
 
     monkeypatch.setattr(LlavaModel, "decode_logits", lost)
