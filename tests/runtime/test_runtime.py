@@ -8,150 +8,30 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from support.checkpoints import make_checkpoint
-from transformers import LlavaForConditionalGeneration
+from support.runtime import Sink, World, make_world, running, settled
 
-from llava_engine import EngineConfig, FinishReason, SamplingParams
-from llava_engine.errors import LlavaError, MemoryExhausted, RequestFailed, WorkerDied
+from llava_engine import FinishReason, SamplingParams
+from llava_engine.errors import MemoryExhausted, RequestFailed, WorkerDied
 from llava_engine.network.attention import DensePrefill, PrefillAttention
 from llava_engine.network.llava import LlavaModel
-from llava_engine.network.weights import load_model
 from llava_engine.runtime.runtime import DeviceRuntime
-from llava_engine.runtime.sequence import Picture, Sequence
-from llava_engine.text.prompt import placeholder_ids
-
-CPU = torch.device("cpu")
-
-
-class Sink:
-    """A reader that waits for the end and may lose interest after some tokens."""
-
-    def __init__(self, cancel_after: int | None = None) -> None:
-        self.cancel_after = cancel_after
-        self.cancelled = False
-        self.cached = 0
-        self.tokens: list[int] = []
-        self.ended = threading.Event()
-        self.reason: FinishReason | None = None
-        self.error: LlavaError | None = None
-
-    def start(self, cached_tokens: int) -> None:
-        self.cached = cached_tokens
-
-    def put(self, token_id: int) -> None:
-        assert not self.ended.is_set()
-        self.tokens.append(token_id)
-        if self.cancel_after is not None and len(self.tokens) >= self.cancel_after:
-            self.cancelled = True
-
-    def finish(self, reason: FinishReason) -> None:
-        assert not self.ended.is_set()
-        self.reason = reason
-        self.ended.set()
-
-    def fail(self, error: LlavaError) -> None:
-        assert not self.ended.is_set()
-        self.error = error
-        self.ended.set()
-
-    def wait(self) -> list[int]:
-        assert self.ended.wait(60), "the stream hangs"
-        if self.error is not None:
-            raise self.error
-        return self.tokens
-
-
-@dataclass
-class World:
-    """A random tiny LLaVA twice: ours, and transformers' as the oracle."""
-
-    ours: LlavaModel
-    theirs: LlavaForConditionalGeneration
-    pictures: list[np.ndarray]
-
-    def sequence(
-        self, picture: int | None, question: list[int], count: int, sink: Sink, **options: object
-    ) -> Sequence:
-        """`<s>`, the picture if any, then the question."""
-        length = self.ours.config.image_tokens
-        ids, pictures = [1], ()
-        if picture is not None:
-            key = picture.to_bytes(16, "big")
-            ids += placeholder_ids(key, length)
-            pictures = (Picture(key, 1, length, self.pictures[picture]),)
-        sampling = options.pop("sampling", SamplingParams(ignore_eos=True))
-        seed = options.pop("seed", 0)
-        return Sequence(
-            ids + question, pictures, sampling, count, frozenset({2}), sink, seed=seed, **options
-        )
-
-    def expected(self, picture: int | None, question: list[int], count: int) -> list[int]:
-        """Greedy tokens of transformers' generate."""
-        ids = [1]
-        inputs = {}
-        if picture is not None:
-            ids += [self.ours.config.image_token_id] * self.ours.config.image_tokens
-            inputs["pixel_values"] = torch.from_numpy(self.pictures[picture])[None]
-        input_ids = torch.tensor([ids + question])
-        with torch.inference_mode():
-            out = self.theirs.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=count,
-                min_new_tokens=count,
-                do_sample=False,
-                **inputs,
-            )
-        return out[0, input_ids.shape[1] :].tolist()
+from llava_engine.runtime.sequence import Picture
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    directory: Path = tmp_path_factory.mktemp("model")
-    make_checkpoint(directory, seed=3)
-    theirs = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
-    # Without an end-of-sequence id, min_new_tokens forbids no token.
-    theirs.generation_config.eos_token_id = None
-    theirs.generation_config.pad_token_id = 0
-    ours = load_model(directory, device=CPU, dtype=torch.float32)
-    side = ours.config.vision.image_size
-    generator = np.random.default_rng(0)
-    pictures = [generator.standard_normal((3, side, side), dtype=np.float32) for _ in range(6)]
-    pictures[1] = pictures[0].copy()
-    pictures[1][0, 0, 0] += 2.0  # one pixel apart
-    return World(ours, theirs, pictures)
+    return make_world(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def runtime(world: World) -> Iterator[DeviceRuntime]:
     yield from running(world, blocks=400)
-
-
-def running(world: World, blocks: int, **options: object) -> Iterator[DeviceRuntime]:
-    config = EngineConfig(device="cpu", **{"block_size": 8, "prefill_chunk": 24, **options})
-    made = DeviceRuntime(world.ours, device=CPU, config=config)
-    made.add_worker("one", blocks * made.kv_block_bytes)
-    yield made
-    thread = made._thread
-    made.close()
-    assert not thread.is_alive()
-
-
-def settled(runtime: DeviceRuntime) -> None:
-    """Until the loop has seen every end, then: nothing may be left."""
-    deadline = time.monotonic() + 30
-    while runtime.load() and time.monotonic() < deadline:
-        runtime.wake()
-        time.sleep(0.005)
-    assert runtime.load() == 0
-    assert runtime.num_free_blocks == runtime.num_blocks
 
 
 @dataclass
