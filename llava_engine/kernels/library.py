@@ -57,13 +57,18 @@ def programmatic_launch(on: bool) -> Iterator[None]:
     if not on or not torch.cuda.is_available():
         yield
         return
-    _load()
-    library = ctypes.CDLL(str(LIBRARY))
+    library = c_library()
     before = library.llava_engine_programmatic_launch(1)
     try:
         yield
     finally:
         library.llava_engine_programmatic_launch(before)
+
+
+def c_library() -> ctypes.CDLL:
+    """The compiled library's C functions; calling one gives up the GIL. Raises KernelsNotBuilt."""
+    _load()
+    return ctypes.CDLL(str(LIBRARY))
 
 
 def require_kernels(device: torch.device) -> None:
