@@ -1,8 +1,8 @@
 """How near to its floor is one decoding step, by batch? LLaVA-1.5-7B's shape, random fp16 weights.
 
 A step is embedding, decoder, head and greedy sampling as one CUDA graph, every sequence at a
-context of 665 tokens. Its floor is the time to read the weights and the keys and values once, at the
-rate at which an H100 reads (shared/performance.md). Variants of the same step run side by side.
+context of 665 tokens. Its floor is the time to read the weights and the keys and values once at an
+H100's rate of reading (shared/performance.md). Variants of the same step run side by side.
 
     python bench/decode_step.py [--json PATH] [--rows 1 2 ...]
 """
@@ -171,7 +171,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     arguments = parser.parse_args()
     require_kernels(DEVICE)
-    most = linear.MAX_ROWS
     results = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as directory:
         model = make_model(Path(directory))
@@ -180,12 +179,13 @@ def main() -> None:
             row = {"rows": rows, "floor_ms": floor_ms(model, rows)}
             row["step_ms"] = step_ms(whole(model, rows, caches), chained=True)
             row["unchained_ms"] = step_ms(whole(model, rows, caches), chained=False)
-            if rows <= most:
+            decoder = model._decoder
+            if rows <= decoder.fused_rows:
                 row["products_ms"] = step_ms(products(model, rows), chained=True)
                 row["products_unchained_ms"] = step_ms(products(model, rows), chained=False)
-                linear.MAX_ROWS = 0
+                most, decoder.fused_rows = decoder.fused_rows, 0
                 row["unfused_ms"] = step_ms(whole(model, rows, caches), chained=True)
-                linear.MAX_ROWS = most
+                decoder.fused_rows = most
             row["of_floor"] = row["floor_ms"] / row["step_ms"]
             results.append(row)
             print({name: round(value, 3) for name, value in row.items()}, flush=True)

@@ -12,7 +12,7 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kMaxSplits = 32;     // of one sequence's keys
-constexpr int kSplitTarget = 512;  // blocks in all that splitting may make: one wave of an H100
+constexpr int kSplitTarget = 384;  // blocks in all that splitting may make: three on each SM
 // Keys whose loads a lane has in flight; more would cost registers, and so blocks per SM.
 template <typename T, int G>
 constexpr int kUnroll = sizeof(T) == 2 && G == 1 ? 8 : 4;

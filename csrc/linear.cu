@@ -1,8 +1,10 @@
 // Products of a few rows with a weight matrix, as decoding makes them: bound by reading the weights
-// once. A warp owns pairs of weight rows and streams them through its own ring in shared memory by
-// bulk copies, filled before the predecessor has ended (weights do not depend on it). What precedes
-// and follows a product in the decoder, norm and rotation and cache, SiLU or residual, is folded in.
+// once. A block streams rows of the matrix through a ring in shared memory by bulk copies, asked for
+// before the predecessor has ended (weights do not depend on it), and multiplies them on the tensor
+// cores, where the few rows of x fill half a tile. What precedes and follows a product in the
+// decoder, norm and rotation and cache, SiLU or residual, is folded in.
 #include <algorithm>
+#include <type_traits>
 
 #include "common.cuh"
 #include "ops.h"
@@ -11,15 +13,15 @@ namespace llava_engine {
 namespace {
 
 constexpr int kMaxTokens = 8;
-constexpr int kMaxWarps = 8;
-constexpr int kMaxSlots = 8;
+constexpr int kPairs = 4;            // a unit of work: pairs of weight rows,
+constexpr int kRows = 2 * kPairs;    // the n of an mma
+constexpr int kDepth = 32;           // inputs that a warp takes at once: two mma of 16
+constexpr int kConsumers = 4;        // warps that multiply, each every fourth 32 inputs
+constexpr int kConsumerThreads = kConsumers * kWarp;
+constexpr int kThreads = kConsumerThreads + kWarp;  // and one that keeps the ring full
 constexpr int kLoads = 4;  // 16-byte loads of x that a thread has in flight
-
-// How a launch uses an SM. ring: `slots` pieces, each the same `piece` elements of two rows.
-struct Plan {
-  int blocks_per_sm, warps, pieces, piece, slots;
-  size_t shared;
-};
+constexpr int kBatch = 4;  // 16-byte loads of weights, and of x, before they are multiplied
+constexpr int kPad = 64;   // bytes between rows in shared memory: two rows, 64 bytes of each, at once
 
 template <typename T>
 struct Product {
@@ -28,17 +30,32 @@ struct Product {
   float eps;
   const T* weight;  // [outputs, inputs]
   int tokens, inputs;
-  int units;  // pairs of weight rows; which two, the epilogue says
-  int pieces, piece, slots;
+  int pairs;  // of weight rows; which two, the epilogue says
+  int piece, slots;  // the ring: slots of `piece` inputs of a unit's rows
+};
+
+struct Rows {
+  int first, second;
 };
 
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+__device__ inline void consumers_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory");
+}
+
 #if __CUDA_ARCH__ >= 900
-__device__ inline void barrier_init(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+__device__ inline void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
+__device__ inline void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
 }
 
 __device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
@@ -60,13 +77,6 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t phase) {
       : "memory");
 }
 
-// The weights will not be used again before 13 GB of others.
-__device__ inline uint64_t evict_first() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
 __device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
                                  uint64_t policy) {
   asm volatile(
@@ -77,231 +87,263 @@ __device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uin
 }
 #endif
 
+// sums += x tile [16 tokens, of which 8 are there] @ weight tile [8 rows].T over 16 inputs.
 template <typename T>
-struct Pieces {
-  const T* first;
-  const T* second;
+__device__ inline void multiply(float (&sums)[4], uint32_t x0, uint32_t x1, uint32_t w0,
+                                uint32_t w1) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(x0), "r"(0), "r"(x1), "r"(w0), "r"(w1));
+  } else {
+    asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, "
+        "{%7,%8}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(x0), "r"(0), "r"(x1), "r"(w0), "r"(w1));
+  }
+}
+
+// Where a block is in its ring.
+struct Cursor {
+  int slot = 0;
+  uint32_t phase = 0;
+
+  __device__ void advance(int slots) {
+    if (++slot == slots) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
 };
 
-// One warp's weights, in the order in which it needs them. Before Hopper, which brought the bulk
-// copies, the pieces are read where they are.
+// What is in shared memory: x [tokens] and the ring [slots, kRows], rows padded; what the warps have
+// of a unit, for two units; the slots' barriers.
+template <typename T>
+struct Layout {
+  int x_stride, row_stride, slot_stride;  // in elements
+  int ring, sums, barriers, bytes;        // offsets in bytes
+
+  __host__ __device__ Layout(int tokens, int inputs, int piece, int slots) {
+    constexpr int kPadded = kPad / static_cast<int>(sizeof(T));
+    // 64 bytes more than a multiple of 128, so that neighbouring rows have different banks.
+    x_stride = ceil_div(inputs, 2 * kPadded) * 2 * kPadded + kPadded;
+    row_stride = ceil_div(piece, 2 * kPadded) * 2 * kPadded + kPadded;
+    slot_stride = kRows * row_stride;
+    ring = tokens * x_stride * static_cast<int>(sizeof(T));
+    sums = ring + slots * slot_stride * static_cast<int>(sizeof(T));
+    barriers = sums + 2 * kConsumerThreads * static_cast<int>(sizeof(float2));
+    bytes = barriers + 2 * slots * static_cast<int>(sizeof(uint64_t));
+  }
+};
+
+// The weight row that is the `row`-th of a unit. Behind the last pair the last one stands in.
 template <typename T, typename Epilogue>
-class WeightStream {
- public:
-  __device__ WeightStream(const Product<T>& product, const Epilogue& epilogue, T* ring,
-                          uint64_t* barriers, int first, int stride)
-      : product_(product),
-        epilogue_(epilogue),
-        ring_(ring),
-        barriers_(barriers),
-        unit_(first),
-        stride_(stride) {
-#if __CUDA_ARCH__ >= 900
-    if (threadIdx.x % kWarp == 0) {
-      for (int slot = 0; slot < product.slots; ++slot) barrier_init(barriers + slot);
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      policy_ = evict_first();
-    }
-    __syncwarp();
-    for (int slot = 0; slot < product.slots; ++slot) request(slot);
-#endif
-  }
+__device__ inline const T* weight_row(const Product<T>& product, const Epilogue& epilogue, int unit,
+                                      int row) {
+  const Rows pair = epilogue.rows(min(unit * kPairs + row / 2, product.pairs - 1));
+  return product.weight + static_cast<int64_t>(row % 2 == 0 ? pair.first : pair.second) *
+                              product.inputs;
+}
 
-  // The next piece of both rows of the unit.
-  __device__ Pieces<T> next(int unit, int piece) {
 #if __CUDA_ARCH__ >= 900
-    barrier_wait(barriers_ + slot_, phase_);
-    const T* place = ring_ + slot_ * 2 * product_.piece;
-    return {place, place + product_.piece};
-#else
-    const auto [first, second] = epilogue_.rows(unit);
-    const T* place = product_.weight + piece * product_.piece;
-    return {place + static_cast<int64_t>(first) * product_.inputs,
-            place + static_cast<int64_t>(second) * product_.inputs};
-#endif
-  }
-
-  // The whole warp has read the piece: its slot is free.
-  __device__ void release() {
-#if __CUDA_ARCH__ >= 900
-    __syncwarp();
-    request(slot_);
-    if (++slot_ == product_.slots) {
-      slot_ = 0;
-      phase_ ^= 1;
-    }
-#endif
-  }
-
- private:
-#if __CUDA_ARCH__ >= 900
-  __device__ void request(int slot) {
-    if (unit_ >= product_.units) return;
-    if (threadIdx.x % kWarp == 0) {
-      const int start = piece_ * product_.piece;
-      const uint32_t bytes = min(product_.piece, product_.inputs - start) * sizeof(T);
-      const auto [first, second] = epilogue_.rows(unit_);
-      const T* from = product_.weight + start;
-      T* to = ring_ + slot * 2 * product_.piece;
-      barrier_expect(barriers_ + slot, 2 * bytes);
-      bulk_copy(to, from + static_cast<int64_t>(first) * product_.inputs, bytes, barriers_ + slot,
-                policy_);
-      bulk_copy(to + product_.piece, from + static_cast<int64_t>(second) * product_.inputs, bytes,
-                barriers_ + slot, policy_);
-    }
-    if (++piece_ == product_.pieces) {
-      piece_ = 0;
-      unit_ += stride_;
+// One warp: asks for piece after piece as slots become free.
+template <typename T, typename Epilogue>
+__device__ void fill_ring(const Product<T>& product, const Epilogue& epilogue,
+                          const Layout<T>& layout, T* ring, uint64_t* full, uint64_t* empty) {
+  const int lane = threadIdx.x % kWarp;
+  uint64_t policy;  // the weights will not be used again before 13 GB of others
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  Cursor at;
+  bool first_round = true;
+  const int units = ceil_div(product.pairs, kPairs);
+  for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+    const T* from = weight_row(product, epilogue, unit, lane % kRows);
+    for (int start = 0; start < product.inputs; start += product.piece) {
+      if (!first_round) barrier_wait(empty + at.slot, at.phase ^ 1);
+      const uint32_t bytes = min(product.piece, product.inputs - start) * sizeof(T);
+      if (lane == 0) barrier_expect(full + at.slot, kRows * bytes);
+      __syncwarp();
+      if (lane < kRows) {
+        T* to = ring + at.slot * layout.slot_stride + lane * layout.row_stride;
+        bulk_copy(to, from + start, bytes, full + at.slot, policy);
+      }
+      at.advance(product.slots);
+      if (at.slot == 0) first_round = false;
     }
   }
+}
 #endif
 
-  const Product<T>& product_;
-  const Epilogue& epilogue_;
-  T* ring_;
-  uint64_t* barriers_;
-  int unit_, stride_;
-  int piece_ = 0;
-  int slot_ = 0;
-  uint32_t phase_ = 0;
-  uint64_t policy_ = 0;
-};
-
-// Waits for the predecessor; then x, or its RMSNorm, into shared memory as [kTokens, inputs], rows
-// that are not there as zero. x is read past L1, since the predecessor wrote it while this block was
-// here already. A thread rereads only what it wrote, until the caller's barrier.
-template <typename T, int kTokens>
-__device__ void load_rows(const Product<T>& product, T* rows) {
-  __shared__ float squares[kMaxWarps][kTokens];
+// Waits for the predecessor; then x, or its RMSNorm, into shared memory. x is read past L1, since
+// the predecessor wrote it while this block was here already. The consumers do it, in teams of which
+// each has a token at a time; a thread rereads only what it wrote, until the barrier at the end.
+template <typename T>
+__device__ void load_rows(const Product<T>& product, int stride, T* rows) {
+  __shared__ float squares[kConsumers];
   const int vectors = product.inputs / kVector;
-  uint4 gains[kLoads] = {};  // the first of this thread's, in time
-  if (product.gain != nullptr) {
+  const int teams = product.tokens >= kConsumers ? kConsumers : product.tokens >= 2 ? 2 : 1;
+  const int members = kConsumerThreads / teams;
+  const int team = threadIdx.x / members, member = threadIdx.x % members;
+  const bool norm = product.gain != nullptr;
+  uint4 gains[kLoads];  // the first of this thread's, in time
+  if (norm) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int v = threadIdx.x + i * blockDim.x;
+      const int v = member + i * members;
       if (v < vectors) gains[i] = reinterpret_cast<const uint4*>(product.gain)[v];
     }
   }
   wait_for_predecessor();
-  float sums[kTokens] = {};
+  for (int round = 0; round < product.tokens; round += teams) {
+    const int token = round + team;
+    const bool there = token < product.tokens;
+    T* row = rows + token * stride;
+    float sum = 0.0f;
+    if (there) {
+      const uint4* from =
+          reinterpret_cast<const uint4*>(product.x + static_cast<int64_t>(token) * product.inputs);
+      for (int base = member; base < vectors; base += kLoads * members) {
+        uint4 words[kLoads];
 #pragma unroll
-  for (int token = 0; token < kTokens; ++token) {
-    const uint4* from = reinterpret_cast<const uint4*>(product.x + token * product.inputs);
-    for (int base = threadIdx.x; base < vectors; base += kLoads * blockDim.x) {
-      uint4 words[kLoads];
+        for (int i = 0; i < kLoads; ++i) {
+          const int v = base + i * members;
+          if (v < vectors) words[i] = __ldcg(from + v);
+        }
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int v = base + i * blockDim.x;
-        const bool there = v < vectors && token < product.tokens;
-        words[i] = there ? __ldcg(from + v) : uint4{};
-      }
+        for (int i = 0; i < kLoads; ++i) {
+          const int v = base + i * members;
+          if (v >= vectors) break;
+          *reinterpret_cast<uint4*>(row + v * kVector) = words[i];
+          if (!norm) continue;
+          float values[kVector];
+          load(reinterpret_cast<const T*>(&words[i]), values);
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int v = base + i * blockDim.x;
-        if (v >= vectors) break;
-        T* to = rows + token * product.inputs + v * kVector;
-        *reinterpret_cast<uint4*>(to) = words[i];
-        float values[kVector];
-        load(to, values);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) sums[token] += values[j] * values[j];
+          for (int j = 0; j < kVector; ++j) sum += values[j] * values[j];
+        }
       }
     }
-  }
-  if (product.gain == nullptr) return;
-#pragma unroll
-  for (int token = 0; token < kTokens; ++token) {
-    const float sum = warp_sum(sums[token]);
-    if (threadIdx.x % kWarp == 0) squares[threadIdx.x / kWarp][token] = sum;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int token = 0; token < kTokens; ++token) {
-    float sum = 0.0f;
-    for (int warp = 0; warp < blockDim.x / kWarp; ++warp) sum += squares[warp][token];
+    if (!norm) continue;
+    sum = warp_sum(sum);
+    if (threadIdx.x % kWarp == 0) squares[threadIdx.x / kWarp] = sum;
+    consumers_sync();
+    sum = 0.0f;
+    for (int w = 0; w < kConsumers / teams; ++w) sum += squares[team * (kConsumers / teams) + w];
     const float scale = rsqrtf(sum / product.inputs + product.eps);
     const auto normalise = [&](int v, const T* gain) {
-      T* place = rows + token * product.inputs + v * kVector;
       float values[kVector], factors[kVector];
-      load(place, values);
+      load(row + v * kVector, values);
       load(gain, factors);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) values[j] = rounded<T>(values[j] * scale) * factors[j];
-      store(place, values);
+      store(row + v * kVector, values);
     };
+    if (there) {
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int v = threadIdx.x + i * blockDim.x;
-      if (v < vectors) normalise(v, reinterpret_cast<const T*>(&gains[i]));
+      for (int i = 0; i < kLoads; ++i) {
+        const int v = member + i * members;
+        if (v < vectors) normalise(v, reinterpret_cast<const T*>(&gains[i]));
+      }
+      for (int v = member + kLoads * members; v < vectors; v += members) {
+        normalise(v, product.gain + v * kVector);
+      }
     }
-    for (int v = threadIdx.x + kLoads * blockDim.x; v < vectors; v += blockDim.x) {
-      normalise(v, product.gain + v * kVector);
-    }
+    if (round + teams < product.tokens) consumers_sync();  // squares are used again
   }
+  consumers_sync();
 }
 
-// Shared memory: x [kTokens, inputs], the rings [warps, slots, 2, piece], their barriers.
-template <typename T, int kTokens, typename Epilogue>
-__global__ __launch_bounds__(kMaxWarps* kWarp, 1) void product_kernel(Product<T> product,
-                                                                   Epilogue epilogue) {
+template <typename T, typename Epilogue>
+__global__ __launch_bounds__(kThreads, 4) void product_kernel(Product<T> product,
+                                                              Epilogue epilogue) {
   launch_dependents();
   extern __shared__ __align__(128) char shared[];
+  const Layout<T> layout(product.tokens, product.inputs, product.piece, product.slots);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int warps = blockDim.x / kWarp;
-  T* rows = reinterpret_cast<T*>(shared);
-  T* rings = rows + kTokens * product.inputs;
-  const int ring = product.slots * 2 * product.piece;
-  uint64_t* barriers = reinterpret_cast<uint64_t*>(rings + warps * ring) + warp * product.slots;
-  // The last, shorter round of units falls on as many SMs as there are.
-  const int first = warp * gridDim.x + blockIdx.x;
-  const int stride = warps * gridDim.x;
-  WeightStream<T, Epilogue> weights(product, epilogue, rings + warp * ring, barriers, first,
-                                    stride);
-  load_rows<T, kTokens>(product, rows);
+  T* x = reinterpret_cast<T*>(shared);
+#if __CUDA_ARCH__ >= 900
+  T* ring = reinterpret_cast<T*>(shared + layout.ring);
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared + layout.barriers);
+  uint64_t* empty = full + product.slots;
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < product.slots; ++slot) {
+      barrier_init(full + slot, 1);
+      barrier_init(empty + slot, kConsumers);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
   __syncthreads();
+  if (warp == kConsumers) {
+    fill_ring(product, epilogue, layout, ring, full, empty);
+    return;
+  }
+#else  // the bulk copies came with Hopper: before it, weights are read where they are
+  if (warp == kConsumers) return;
+#endif
+  load_rows(product, layout.x_stride, x);
 
-  for (int unit = first; unit < product.units; unit += stride) {
-    const bool mine = lane < product.tokens;  // a lane finishes a token
+  // Lane 4 * g + t has inputs 8 * t of token g and of row g. An mma pairs inputs by their place in a
+  // fragment, so any order serves that is the same for both.
+  const int g = lane / 4, t = lane % 4;
+  const bool there = g < product.tokens;
+  const T* x_row = x + g * layout.x_stride + t * kVector;
+  float2* sums = reinterpret_cast<float2*>(shared + layout.sums);
+  const int units = ceil_div(product.pairs, kPairs);
+  [[maybe_unused]] Cursor at;
+  int turn = 0;  // the warps take turns in finishing units
+  for (int unit = blockIdx.x; unit < units; unit += gridDim.x, ++turn) {
+    const int pair = unit * kPairs + t;
+    const bool finishes = warp == turn % kConsumers && there && pair < product.pairs;
     typename Epilogue::Early early{};
-    if (mine) early = epilogue.early(unit, lane);
-    float sums[2][kTokens] = {};
-    for (int piece = 0, start = 0; piece < product.pieces; ++piece, start += product.piece) {
-      const auto [first_row, second_row] = weights.next(unit, piece);
+    if (finishes) early = epilogue.early(pair, g);
+    float c[2][4] = {};
+    for (int start = 0; start < product.inputs; start += product.piece) {
       const int count = min(product.piece, product.inputs - start);
-#pragma unroll 4
-      for (int i = lane * kVector; i < count; i += kWarp * kVector) {
-        float a[kVector], b[kVector];
-        load(first_row + i, a);
-        load(second_row + i, b);
+#if __CUDA_ARCH__ >= 900
+      barrier_wait(full + at.slot, at.phase);
+      const T* w_row = ring + at.slot * layout.slot_stride + g * layout.row_stride;
+#else
+      const T* w_row = weight_row(product, epilogue, unit, g) + start;
+#endif
+      for (int base = warp * kDepth; base < count; base += kBatch * kConsumers * kDepth) {
+        uint4 w[kBatch], v[kBatch];
 #pragma unroll
-        for (int token = 0; token < kTokens; ++token) {
-          float x[kVector];
-          load(rows + token * product.inputs + start + i, x);
+        for (int i = 0; i < kBatch; ++i) {
+          const int k = base + i * kConsumers * kDepth;
+          w[i] = v[i] = {};
+          if (k < count) w[i] = *reinterpret_cast<const uint4*>(w_row + t * kVector + k);
+          if (k < count && there) v[i] = *reinterpret_cast<const uint4*>(x_row + start + k);
+        }
 #pragma unroll
-          for (int j = 0; j < kVector; ++j) {
-            sums[0][token] += a[j] * x[j];
-            sums[1][token] += b[j] * x[j];
-          }
+        for (int i = 0; i < kBatch; ++i) {
+          multiply<T>(c[0], v[i].x, v[i].y, w[i].x, w[i].y);
+          multiply<T>(c[1], v[i].z, v[i].w, w[i].z, w[i].w);
         }
       }
-      weights.release();
+#if __CUDA_ARCH__ >= 900
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty + at.slot);
+      at.advance(product.slots);
+#endif
     }
-    float first_sum = 0.0f, second_sum = 0.0f;
+    // Two units have their places in turn: who is here twice knows that the finisher of the unit
+    // before last has gone on.
+    float2* mine = sums + turn % 2 * kConsumerThreads;
+    mine[threadIdx.x] = {c[0][0] + c[1][0], c[0][1] + c[1][1]};
+    consumers_sync();
+    if (finishes) {
+      float2 sum = mine[lane];
 #pragma unroll
-    for (int token = 0; token < kTokens; ++token) {
-      const float a = warp_sum(sums[0][token]), b = warp_sum(sums[1][token]);
-      if (lane == token) {
-        first_sum = a;
-        second_sum = b;
+      for (int w = 1; w < kConsumers; ++w) {
+        sum.x += mine[w * kWarp + lane].x;
+        sum.y += mine[w * kWarp + lane].y;
       }
+      epilogue.finish(pair, g, early, sum.x, sum.y);
     }
-    if (mine) epilogue.finish(unit, lane, early, first_sum, second_sum);
   }
 }
-
-struct Rows {
-  int first, second;
-};
 
 struct Nothing {};
 
@@ -311,10 +353,10 @@ struct StoreSums {
   int outputs;
   using Early = Nothing;
 
-  __device__ Rows rows(int unit) const { return {2 * unit, 2 * unit + 1}; }
+  __device__ Rows rows(int pair) const { return {2 * pair, 2 * pair + 1}; }
   __device__ Early early(int, int) const { return {}; }
-  __device__ void finish(int unit, int token, Early, float a, float b) const {
-    *reinterpret_cast<float2*>(out + static_cast<int64_t>(token) * outputs + 2 * unit) = {a, b};
+  __device__ void finish(int pair, int token, Early, float a, float b) const {
+    *reinterpret_cast<float2*>(out + static_cast<int64_t>(token) * outputs + 2 * pair) = {a, b};
   }
 };
 
@@ -327,16 +369,16 @@ struct AddToResidual {
     float a, b;
   };
 
-  __device__ Rows rows(int unit) const { return {2 * unit, 2 * unit + 1}; }
-  __device__ Early early(int unit, int token) const {
-    const T* from = residual + token * outputs + 2 * unit;
+  __device__ Rows rows(int pair) const { return {2 * pair, 2 * pair + 1}; }
+  __device__ Early early(int pair, int token) const {
+    const T* from = residual + token * outputs + 2 * pair;
     const uint32_t word = __ldcg(reinterpret_cast<const uint32_t*>(from));
-    const Pack<T, 2> pair = *reinterpret_cast<const Pack<T, 2>*>(&word);
-    return {to_float(pair.values[0]), to_float(pair.values[1])};
+    const Pack<T, 2> both = *reinterpret_cast<const Pack<T, 2>*>(&word);
+    return {to_float(both.values[0]), to_float(both.values[1])};
   }
-  __device__ void finish(int unit, int token, Early before, float a, float b) const {
+  __device__ void finish(int pair, int token, Early before, float a, float b) const {
     const float sums[2] = {before.a + rounded<T>(a), before.b + rounded<T>(b)};
-    store(residual + token * outputs + 2 * unit, sums);
+    store(residual + token * outputs + 2 * pair, sums);
   }
 };
 
@@ -347,12 +389,12 @@ struct SiluMul {
   int wide;
   using Early = Nothing;
 
-  __device__ Rows rows(int unit) const { return {unit, unit + wide}; }
+  __device__ Rows rows(int pair) const { return {pair, pair + wide}; }
   __device__ Early early(int, int) const { return {}; }
-  __device__ void finish(int unit, int token, Early, float a, float b) const {
+  __device__ void finish(int pair, int token, Early, float a, float b) const {
     const float gate = rounded<T>(a);
     const float activated = rounded<T>(gate / (1.0f + expf(-gate)));
-    out[token * wide + unit] = from_float<T>(activated * rounded<T>(b));
+    out[token * wide + pair] = from_float<T>(activated * rounded<T>(b));
   }
 };
 
@@ -372,16 +414,16 @@ struct RotateAndAppend {
     int64_t slot;
   };
 
-  __device__ Rows rows(int unit) const {
-    const int row = unit / half * 2 * half + unit % half;
+  __device__ Rows rows(int pair) const {
+    const int row = pair / half * 2 * half + pair % half;
     return {row, row + half};
   }
-  __device__ Early early(int unit, int token) const {
-    const float* angle = cos_sin + positions[token] * 2 * half + unit % half;
+  __device__ Early early(int pair, int token) const {
+    const float* angle = cos_sin + positions[token] * 2 * half + pair % half;
     return {angle[0], angle[half], slots[token]};
   }
-  __device__ void finish(int unit, int token, Early place, float a, float b) const {
-    const int head = unit / half, i = unit % half;
+  __device__ void finish(int pair, int token, Early place, float a, float b) const {
+    const int head = pair / half, i = pair % half;
     float left = rounded<T>(a), right = rounded<T>(b);
     if (head < q_heads + kv_heads) {
       const float rotated = left * place.cosine - right * place.sine;
@@ -404,36 +446,18 @@ struct RotateAndAppend {
   }
 };
 
-// Two blocks of four warps on an SM if x leaves them room for their rings, and the small blocks of
-// an attention kernel room beside them; else one of eight. As much of the weights in flight as fits,
-// in pieces of 2 KiB or more.
+// The ring: all of an SM that x leaves. A ring of half the size, so that the next kernel's block fills
+// its own beside it, was slower wherever an attention kernel is between two products (bench/NOTES.md).
 template <typename T>
-Plan make_plan(int tokens, int inputs) {
-  constexpr int kSizes[] = {211 << 10, 226 << 10};  // of an SM's 228 KiB
-  constexpr int kPerBlock = (1 << 10) + kMaxWarps * kMaxTokens * sizeof(float);  // runtime, squares
-  const int vectors = inputs / kVector;
-  const int fixed = tokens * inputs * static_cast<int>(sizeof(T));
-  for (int blocks : {2, 1}) {
-    const int warps = 8 / blocks;
-    const int room = kSizes[2 - blocks] / blocks - kPerBlock - fixed;
-    const int ring = room / warps - kMaxSlots * static_cast<int>(sizeof(uint64_t));
-    Plan best{};
-    int most = 0;
-    for (int pieces = 1; pieces * 2048 <= inputs * static_cast<int>(sizeof(T)) || pieces == 1;
-         ++pieces) {
-      const int piece = ceil_div(vectors, pieces) * kVector;
-      const int slot = 2 * piece * static_cast<int>(sizeof(T));
-      const int slots = std::min(kMaxSlots, ring / slot);
-      if (slots < 2 || ceil_div(inputs, piece) != pieces || slots * slot <= most) continue;
-      most = slots * slot;
-      const size_t barriers = slots * sizeof(uint64_t);
-      best = {blocks, warps, pieces, piece, slots, fixed + warps * (most + barriers)};
-    }
-    // Less than 48 KiB on its way does not keep the memory busy; a short row is in flight whole.
-    const int least = std::min<int>((24 << 10) * blocks / 2, vectors * kVector * sizeof(T) * warps);
-    if (most > 0 && (blocks == 1 || warps * most >= least)) return best;
+void plan_ring(Product<T>& product) {
+  constexpr int kPiece = 1024, kSlots = 12, kShared = 226 << 10;
+  product.piece = std::min(kPiece, product.inputs);
+  for (product.slots = kSlots; product.slots > 0; --product.slots) {
+    const Layout<T> layout(product.tokens, product.inputs, product.piece, product.slots);
+    if (layout.bytes <= kShared) return;
   }
-  STD_TORCH_CHECK(false, "rows of ", inputs, " inputs are too long for ", tokens, " tokens");
+  STD_TORCH_CHECK(false, "rows of ", product.inputs, " inputs are too long for ", product.tokens,
+                  " tokens");
 }
 
 int multiprocessors(const Tensor& tensor) {
@@ -443,31 +467,29 @@ int multiprocessors(const Tensor& tensor) {
   return count;
 }
 
-template <typename T, int kTokens, typename Epilogue>
+template <typename T, typename Epilogue>
 void launch(const Tensor& x, Product<T> product, const Epilogue& epilogue) {
   const Launch to(x);
-  const Plan plan = make_plan<T>(kTokens, product.inputs);
-  product.pieces = plan.pieces;
-  product.piece = plan.piece;
-  product.slots = plan.slots;
-  const auto kernel = product_kernel<T, kTokens, Epilogue>;
+  plan_ring(product);
+  const Layout<T> layout(product.tokens, product.inputs, product.piece, product.slots);
+  const auto kernel = product_kernel<T, Epilogue>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(plan.shared)));
-  const int blocks = std::min(multiprocessors(x) * plan.blocks_per_sm, product.units);
-  launch_chained(kernel, blocks, plan.warps * kWarp, plan.shared, to.stream(), product, epilogue);
+                                      layout.bytes));
+  const int blocks = std::min(multiprocessors(x), ceil_div(product.pairs, kPairs));
+  launch_chained(kernel, blocks, kThreads, layout.bytes, to.stream(), product, epilogue);
 }
 
 // f(element type): what the epilogue is for it.
 template <typename F>
 void run(const Tensor& x, const Tensor* norm_weight, double eps, const Tensor& weight,
-         int64_t units, F&& epilogue_of) {
+         int64_t pairs, F&& epilogue_of) {
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x and weight must be matrices");
   const ScalarType type = x.scalar_type();
   const int64_t tokens = x.size(0), inputs = x.size(1);
   STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16,
                   "products of a few rows take float16 and bfloat16");
   STD_TORCH_CHECK(tokens <= kMaxTokens, "a product of a few rows takes at most 8");
-  STD_TORCH_CHECK(inputs % kVector == 0 && inputs > 0, "inputs must be a multiple of 8");
+  STD_TORCH_CHECK(inputs % kDepth == 0 && inputs > 0, "inputs must be a multiple of 32");
   check_column(x, type, tokens * inputs, "x");
   check_column(weight, type, weight.size(0) * inputs, "weight");
   STD_TORCH_CHECK(aligned(x) && aligned(weight), "x and weight must be aligned to 16 bytes");
@@ -475,8 +497,8 @@ void run(const Tensor& x, const Tensor* norm_weight, double eps, const Tensor& w
     check_column(*norm_weight, type, inputs, "norm_weight");
     STD_TORCH_CHECK(aligned(*norm_weight), "norm_weight must be aligned to 16 bytes");
   }
-  if (tokens == 0 || units == 0) return;
-  const auto by_tokens = [&](auto zero) {
+  if (tokens == 0 || pairs == 0) return;
+  const auto by_type_of_x = [&](auto zero) {
     using T = decltype(zero);
     const Product<T> product{data<T>(x),
                              norm_weight != nullptr ? data<T>(*norm_weight) : nullptr,
@@ -484,18 +506,13 @@ void run(const Tensor& x, const Tensor* norm_weight, double eps, const Tensor& w
                              data<T>(weight),
                              static_cast<int>(tokens),
                              static_cast<int>(inputs),
-                             static_cast<int>(units),
-                             0,
+                             static_cast<int>(pairs),
                              0,
                              0};
-    const auto epilogue = epilogue_of(zero);
-    if (tokens == 1) return launch<T, 1>(x, product, epilogue);
-    if (tokens == 2) return launch<T, 2>(x, product, epilogue);
-    if (tokens <= 4) return launch<T, 4>(x, product, epilogue);
-    launch<T, 8>(x, product, epilogue);
+    launch(x, product, epilogue_of(zero));
   };
-  if (type == ScalarType::Half) return by_tokens(__half{});
-  by_tokens(__nv_bfloat16{});
+  if (type == ScalarType::Half) return by_type_of_x(__half{});
+  by_type_of_x(__nv_bfloat16{});
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from llava_engine.kernels.library import define
 
-_SPLIT_TARGET = 512  # csrc/attention_decode.cu: kSplitTarget
+_SPLIT_TARGET = 384  # csrc/attention_decode.cu: kSplitTarget
 _GROUPED = 4  # query heads that it answers from one read of a key head, where heads are grouped
 
 

@@ -14,21 +14,23 @@ from llava_engine.kernels.library import define
 from llava_engine.kernels.norm import rms_norm
 from llava_engine.kernels.rope_kv import rope_append
 
-MAX_ROWS = 4
-"""From five rows on the compiled kernels are no faster than torch's products (bench/NOTES.md)."""
+_MOST_ROWS = 8  # csrc/linear.cu: kMaxTokens
+_MOST_BYTES = 192 << 10  # of x, which an SM has in shared memory beside its ring
 
 
-def takes(weight: torch.Tensor) -> bool:
-    """Whether the compiled kernels can have this weight [outputs, inputs]."""
+def most_rows(weight: torch.Tensor) -> int:
+    """How many rows of x the compiled kernels take with this weight [outputs, inputs]; maybe 0."""
     outputs, inputs = weight.shape
-    return weight.dtype.itemsize == 2 and inputs % 8 == 0 and outputs % 2 == 0
+    if weight.dtype.itemsize != 2 or inputs % 32 != 0 or outputs % 2 != 0:
+        return 0
+    return min(_MOST_ROWS, _MOST_BYTES // (2 * inputs))
 
 
 def linear_add(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
     """residual += x @ weight.T, the product rounded to their dtype first.
 
     residual: [R, outputs]; x: [R, inputs]; weight: [outputs, inputs]; all dense and of one 16-bit
-    dtype, as in all ops here. R is at most 8.
+    dtype, as in all ops here. R is at most most_rows(weight).
     """
     _linear_add(residual, x, weight)
 

@@ -57,7 +57,8 @@ class LlamaDecoder:
         )
         self._layers = [_Layer(config, place, workspace) for _ in range(config.num_layers)]
         self.norm = place.empty(config.hidden_size)
-        self._fuses = all(layer.fuses for layer in self._layers)
+        self.fused_rows = min(layer.fused_rows for layer in self._layers)
+        """The most sequences that `decode` takes."""
         self._cos_sin = cos_sin_table(
             config.rope, config.head_dim, config.max_position_embeddings, place.device
         )
@@ -85,11 +86,6 @@ class LlamaDecoder:
             add_rms_norm(x, residual, attended, layer.post_norm, self._eps)
             add_rms_norm(x, residual, layer.mlp(x), next_norm, self._eps)
         return x
-
-    def fuses(self, batch: Batch) -> bool:
-        """Whether `decode` takes this batch."""
-        rows = len(batch.positions)
-        return self._fuses and batch.max_query_len == 1 and rows <= linear.MAX_ROWS
 
     def decode(
         self,
@@ -130,9 +126,11 @@ class _Layer:
         self._down = Linear(self._wide, hidden, config.mlp_bias, place)
         self._eps = config.rms_norm_eps
         products = (self._qkv, self._out, self._gate_up, self._down)
-        self.fuses = self._hidden_act in ("silu", "swish") and all(
-            product.bias is None and linear.takes(product.weight) for product in products
-        )
+        self.fused_rows = min(linear.most_rows(product.weight) for product in products)
+        if self._hidden_act not in ("silu", "swish") or any(
+            product.bias is not None for product in products
+        ):
+            self.fused_rows = 0
 
     def decode(
         self,

@@ -101,7 +101,7 @@ class LlavaModel:
         """
         decoder, head = self._decoder, self._head
         embeds = decoder.embed(token_ids)
-        if not decoder.fuses(batch) or not linear.takes(head):
+        if len(token_ids) > min(decoder.fused_rows, linear.most_rows(head)):
             return self.logits(decoder(embeds, batch, k_caches, v_caches))
         hidden = decoder.decode(embeds, batch, k_caches, v_caches)
         logits = torch.empty(len(hidden), len(head), dtype=torch.float32, device=hidden.device)
