@@ -18,6 +18,7 @@ from llava_engine.config import EngineConfig, PoolConfig
 from llava_engine.errors import (
     BlockedAddress,
     CircuitOpen,
+    DeviceLost,
     FetchFailed,
     FetchTimeout,
     ImageDecodeError,
@@ -66,6 +67,7 @@ __all__ = [
     "Chunk",
     "ChunkStream",
     "CircuitOpen",
+    "DeviceLost",
     "EngineConfig",
     "FetchFailed",
     "FetchTimeout",

@@ -26,6 +26,7 @@
         ├── PoolOverloaded      the queue is full; `retry_after` says when to try again
         ├── CircuitOpen         the model failed too often; `retry_after` says when to try again
         ├── WorkerDied          the worker that held the request died
+        │   └── DeviceLost      so did its device: this process cannot use it any more
         └── ShuttingDown        the pool refuses new work
 
 Wrong argument types and values stay TypeError and ValueError and are raised at the call; everything
@@ -153,6 +154,13 @@ class CircuitOpen(PoolError):
 
 class WorkerDied(PoolError):
     """The worker that held this request died before it was done."""
+
+
+class DeviceLost(WorkerDied):
+    """The device reported an error that no process recovers from; the cause is attached.
+
+    `retryable` while the model may run on another device; only a new process has this one again.
+    """
 
 
 class ShuttingDown(PoolError):

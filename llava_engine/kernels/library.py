@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -145,6 +146,7 @@ def _load() -> None:
         _loaded = True
 
 
+@cache  # a device that could run it once is not asked again: by then it may have failed
 def _probe(device: torch.device) -> None:
     """Ask the library itself whether its code runs on `device`."""
     library = ctypes.CDLL(str(LIBRARY))

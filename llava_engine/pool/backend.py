@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from llava_engine.network.weights import load_model
 from llava_engine.pool.request import Request
 from llava_engine.pool.sizing import HOST, DeviceMemory, kv_share_mb
 from llava_engine.registry import ModelInfo
-from llava_engine.runtime.runtime import DeviceRuntime
+from llava_engine.runtime.runtime import LOST, DeviceRuntime, device_lost
 from llava_engine.runtime.sequence import Picture, Sequence
 from llava_engine.text.detokenizer import Detokenizer
 from llava_engine.text.prompt import build_prompt, check_length
@@ -89,13 +90,14 @@ class ModelBackend:
         if self._config.kv_cache_mb is None and not self._runtime.num_blocks:
             blocks = -(-self._runtime.max_model_len // self._config.block_size)
             share = max(share, blocks * self._runtime.kv_block_bytes)
-        try:
-            self._runtime.add_worker(name, share)
-        except MemoryExhausted:
-            if share == self._kv_bytes:
-                raise
-            logger.info("There is no room for the KV cache of a full context.")
-            self._runtime.add_worker(name, self._kv_bytes)
+        with _telling_loss(self._device):
+            try:
+                self._runtime.add_worker(name, share)
+            except MemoryExhausted:
+                if share == self._kv_bytes:
+                    raise
+                logger.info("There is no room for the KV cache of a full context.")
+                self._runtime.add_worker(name, self._kv_bytes)
 
     def remove_worker(self, name: str) -> None:
         """Shrink the KV cache again."""
@@ -108,7 +110,15 @@ class ModelBackend:
 
     def on_death(self, callback: Callable[[BaseException], None]) -> None:
         """See Backend."""
-        self._runtime.on_death(callback)
+
+        def died(cause: BaseException) -> None:
+            if isinstance(cause, LOST):
+                lost = device_lost(self._device)
+                lost.__cause__ = cause
+                cause = lost
+            callback(cause)
+
+        self._runtime.on_death(died)
 
     def close(self) -> None:
         """See Backend."""
@@ -171,29 +181,41 @@ def candidate_devices(
 ) -> list[DeviceMemory]:
     """Where a model may run under `config.device`. Raises ModelError for a GPU that is not there.
 
-    "auto" takes the GPUs if the engine's kernels can run on them, else the host.
+    "auto" takes the GPUs that the engine's kernels run on, else the host. Of the GPUs that "cuda"
+    allows, too, only these; if there are none, loading the model will say why.
     """
     if config.device == "cpu":
         return [host]
     if config.device == "auto":
-        return gpus if gpus and _kernels_usable(config) else [host]
+        return [gpu for gpu in gpus if _kernels_usable(config, gpu)] or [host]
     wanted = [gpu for gpu in gpus if config.device in ("cuda", gpu.name)]
     if not wanted:
         raise ModelError(
             f"EngineConfig asks for device {config.device!r}; torch can use {len(gpus)} GPUs here."
         )
-    return wanted
+    if len(wanted) == 1:
+        return wanted
+    return [gpu for gpu in wanted if _kernels_usable(config, gpu)] or wanted
 
 
-def _kernels_usable(config: EngineConfig) -> bool:
+def _kernels_usable(config: EngineConfig, gpu: DeviceMemory) -> bool:
     if config.kernels == "reference":
         return True
     try:
-        require_kernels(torch.device("cuda"))
+        require_kernels(torch.device(gpu.name))
     except KernelsNotBuilt as error:
-        logger.info("There is a GPU, but the model runs on the CPU: %s", error)
+        logger.info("No model is put on %s: %s", gpu.name, error)
         return False
     return True
+
+
+@contextmanager
+def _telling_loss(device: torch.device) -> Iterator[None]:
+    """Raise DeviceLost for what says that the device is."""
+    try:
+        yield
+    except LOST as error:
+        raise device_lost(device) from error
 
 
 def load_worker_model(
@@ -201,10 +223,12 @@ def load_worker_model(
 ) -> ModelBackend:
     """Find the checkpoint, downloading it if need be, and load it onto `device`.
 
-    progress: called as in network.weights. Raises ModelError or MemoryExhausted.
+    progress: called as in network.weights. Raises ModelError, MemoryExhausted or DeviceLost.
     """
     kv_mb = kv_share_mb(info, config, device)
-    return ModelBackend(resolve(info), info, config, device, kv_mb, progress)
+    directory = resolve(info)
+    with _telling_loss(torch.device(device)):
+        return ModelBackend(directory, info, config, device, kv_mb, progress)
 
 
 def _dtype(config: EngineConfig, device: str) -> torch.dtype:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from llava_engine.errors import LlavaError, ModelError, SpawnFailed, WorkerDied
+from llava_engine.errors import DeviceLost, LlavaError, ModelError, SpawnFailed, WorkerDied
 from llava_engine.pool.model import Model, Site
 from llava_engine.pool.sizing import Placement
 from llava_engine.pool.spawn import Spawn
 from llava_engine.pool.state import PoolState, shutting_down
-from llava_engine.pool.worker import LIVE, Backend, Worker, WorkerState
+from llava_engine.pool.worker import ENDED, LIVE, Backend, Worker, WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class Life:
             state.settle()
             if error is None:
                 model.target = max(model.target, len(model.live_workers))
+            elif isinstance(error, DeviceLost):
+                model.target = len(model.live_workers)  # or it would be tried for ever
             elif grow:
                 model.spawn_after = state.clock() + _GROW_AGAIN
             else:
@@ -119,7 +121,8 @@ class Life:
             state.settle()
             model = state.models[worker.registry_key]
             died = worker.state in LIVE and cause is not None and not state.closing
-            if worker.state in (WorkerState.SPAWNING, WorkerState.LOADING):
+            unloaded = worker.state in (WorkerState.SPAWNING, WorkerState.LOADING)
+            if unloaded or (isinstance(cause, DeviceLost) and worker.state not in ENDED):
                 worker.become(WorkerState.FAILED)
             elif worker.state is not WorkerState.FAILED:
                 worker.become(WorkerState.DEAD)
@@ -128,12 +131,16 @@ class Life:
                 site.workers.discard(worker)
                 if not site.workers and model.sites.get(site.device) is site:
                     del model.sites[site.device]
+            with_it = self._lose(worker.device) if isinstance(cause, DeviceLost) else []
             lost = [request for request in model.live if request.worker is worker]
             if died:
                 model.breaker.failure()
                 self._stumble(model)
         if died:
             logger.warning("Worker %s died: %r", worker.name, cause)
+        for other in with_it:
+            assert cause is not None
+            other.fail(cause)
         for request in lost:
             request.channel.abort(shutting_down() if state.closing else _died(worker, cause))
         if site is not None:
@@ -146,6 +153,12 @@ class Life:
             state.changed.notify_all()
         worker.end_loading(cause or shutting_down())
         state.ended.put(None)
+
+    def _lose(self, device: str) -> list[Site]:
+        """Put nothing on the device any more; what is there, of whatever model. Under the lock."""
+        self._state.lost.add(device)
+        sites = (model.sites.get(device) for model in self._state.models.values())
+        return [site for site in sites if site is not None and not site.dead]
 
     def _leave(self, site: Site, worker: Worker) -> None:
         """Give back what the worker had of its site, all of it if it was the last."""
@@ -168,6 +181,10 @@ class Life:
 
 
 def _died(worker: Worker, cause: BaseException | None) -> WorkerDied:
+    if isinstance(cause, DeviceLost):
+        lost = DeviceLost(str(cause))
+        lost.__cause__ = cause.__cause__
+        return lost
     error = WorkerDied(f"Worker {worker.name} died before the request was done.")
     error.__cause__ = cause
     return error

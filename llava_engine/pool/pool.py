@@ -169,6 +169,7 @@ class WorkerPool:
                     "limit_mb": int(device.total_mb * self.config.memory_fraction),
                     "free_mb": device.free_mb,
                     "total_mb": device.total_mb,
+                    "lost": device.name in state.lost,
                 }
                 for device in memory
             },

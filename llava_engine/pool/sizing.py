@@ -180,7 +180,10 @@ class SystemProbe:
         for index in range(torch.cuda.device_count()):
             memory = self._nvml_memory(str(torch.cuda.get_device_properties(index).uuid))
             if memory is None:
-                free, total = torch.cuda.mem_get_info(index)
+                try:
+                    free, total = torch.cuda.mem_get_info(index)
+                except RuntimeError:  # the device has failed: it is there, but has no room
+                    free, total = 0, 0
                 memory = (total, free)
             found.append(DeviceMemory(f"cuda:{index}", memory[0] // _MIB, memory[1] // _MIB))
         return found

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from llava_engine.errors import (
+    DeviceLost,
     LlavaError,
     MemoryExhausted,
     ModelError,
@@ -20,7 +21,7 @@ from llava_engine.errors import (
     SpawnFailed,
 )
 from llava_engine.pool.model import Model
-from llava_engine.pool.sizing import Placement, plan_workers
+from llava_engine.pool.sizing import DeviceMemory, Placement, plan_workers
 from llava_engine.pool.state import PoolState, shutting_down
 from llava_engine.pool.worker import Worker, WorkerState
 
@@ -150,7 +151,7 @@ class Spawn:
             while True:
                 gpus, host = state.probe.gpus(), state.probe.host()
                 state.probed = True
-                devices = model.spec.devices(gpus, host)
+                devices = self._working(model.spec.devices(gpus, host))
                 need = model.spec.need(devices[0].name)
                 with state.lock:
                     if state.closing:
@@ -179,6 +180,18 @@ class Spawn:
                     f"Cannot spawn workers for {self._key}. Need {plan.needed_mb} MB, "
                     f"only {plan.available_mb} MB available"
                 )
+
+    def _working(self, devices: list[DeviceMemory]) -> list[DeviceMemory]:
+        """Those that have not failed in this process. Raises DeviceLost if there is none."""
+        working = [device for device in devices if device.name not in self._state.lost]
+        if working:
+            return working
+        names = ", ".join(device.name for device in devices)
+        error = DeviceLost(
+            f"{self._key} cannot run: {names} failed, and only a new process can use it again."
+        )
+        error.retryable = False
+        raise error
 
     def _worker(self, placement: Placement) -> Worker:
         model = self._model
@@ -214,7 +227,7 @@ class Spawn:
         )
 
     def _failed(self, cause: BaseException | None) -> LlavaError:
-        if isinstance(cause, ModelError | ShuttingDown):
+        if isinstance(cause, ModelError | ShuttingDown | DeviceLost):
             return cause  # says more than SpawnFailed could
         if cause is None:
             return SpawnFailed(

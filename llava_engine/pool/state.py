@@ -29,6 +29,7 @@ class PoolState:
 
     ended: requests whose streams have ended; None wakes the maintenance thread.
     closing: nothing new is taken; stopped: nothing is left to look after.
+    lost: names of devices that have failed: nothing is put on them any more.
     changed: notified when a request, a spawn or a worker has come to its end.
     """
 
@@ -45,6 +46,7 @@ class PoolState:
         self.ended: SimpleQueue[Request | None] = SimpleQueue()
         self.metrics: list[Metrics] = []
         self.threads: set[threading.Thread] = set()
+        self.lost: set[str] = set()
         self.probed = False
         self.closing = False
         self.stopped = False

@@ -34,22 +34,23 @@ class WorkerState(enum.StrEnum):
     IDLE = "idle"  # has had none for the idle timeout
     EVICTING = "evicting"
     DEAD = "dead"  # evicted, shut down, or ended by a fault
-    FAILED = "failed"  # could not load
+    FAILED = "failed"  # could not load, or its device was lost
 
 
 _S = WorkerState
 _NEXT = {
     _S.SPAWNING: {_S.LOADING, _S.FAILED},
     _S.LOADING: {_S.READY, _S.FAILED},
-    _S.READY: {_S.PROCESSING, _S.IDLE, _S.EVICTING, _S.DEAD},
-    _S.PROCESSING: {_S.READY, _S.DEAD},
-    _S.IDLE: {_S.PROCESSING, _S.EVICTING, _S.DEAD},
-    _S.EVICTING: {_S.DEAD},
+    _S.READY: {_S.PROCESSING, _S.IDLE, _S.EVICTING, _S.DEAD, _S.FAILED},
+    _S.PROCESSING: {_S.READY, _S.DEAD, _S.FAILED},
+    _S.IDLE: {_S.PROCESSING, _S.EVICTING, _S.DEAD, _S.FAILED},
+    _S.EVICTING: {_S.DEAD, _S.FAILED},
     _S.DEAD: set(),
     _S.FAILED: set(),
 }
 LIVE = frozenset({_S.READY, _S.PROCESSING, _S.IDLE})
 """The states in which a worker takes requests."""
+ENDED = frozenset({_S.DEAD, _S.FAILED})
 
 
 class Backend(Protocol):

@@ -18,7 +18,13 @@ from queue import Empty, SimpleQueue
 import torch
 
 from llava_engine.config import EngineConfig
-from llava_engine.errors import LlavaError, MemoryExhausted, RequestFailed, WorkerDied
+from llava_engine.errors import (
+    DeviceLost,
+    LlavaError,
+    MemoryExhausted,
+    RequestFailed,
+    WorkerDied,
+)
 from llava_engine.kernels.library import references
 from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime.decode_loop import DeviceFailed, TokenEvent
@@ -184,6 +190,8 @@ class DeviceRuntime:
                 action()
             except Exception as error:
                 done.set_exception(error)
+                if isinstance(error, LOST):
+                    raise
             else:
                 done.set_result(None)
 
@@ -262,6 +270,7 @@ class DeviceRuntime:
         except LOST:
             raise
         except Exception as error:
+            self._raise_if_lost()
             # Its frames hold the step's tensors: memory that the next try may need, and that would
             # be kept as long as a reader keeps the exception.
             traceback.clear_frames(error.__traceback__)
@@ -277,6 +286,11 @@ class DeviceRuntime:
         logger.warning("A step of %d sequences failed; running each alone.", len(step))
         for entry in step:
             self._run([entry])
+
+    def _raise_if_lost(self) -> None:
+        """Raise AcceleratorError if the device is: a library may have wrapped its error."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _decodes(self, entry: Scheduled) -> bool:
         """Whether the entry is a decoding step's."""
@@ -300,6 +314,7 @@ class DeviceRuntime:
         self._scheduler.trim()
         if failure is None:
             return
+        self._raise_if_lost()
         traceback.clear_frames(failure.__traceback__)  # as in _run
         logger.warning("Decoding failed; running each sequence alone.", exc_info=failure)
         # What was delivered is right; the rest finds out alone whose failure it was.
@@ -373,8 +388,15 @@ class DeviceRuntime:
 
     def _gone(self) -> WorkerDied:
         died = WorkerDied(f"The runtime on {self.device} has ended.")
+        if isinstance(self._death, LOST):
+            died = device_lost(self.device)
         died.__cause__ = self._death
         return died
+
+
+def device_lost(device: torch.device) -> DeviceLost:
+    """A new error for one stream; the caller attaches the cause."""
+    return DeviceLost(f"{device} has failed; this process cannot use it any more.")
 
 
 def _as_llava_error(error: Exception) -> LlavaError:
