@@ -4,7 +4,9 @@ Sizes are those of LLaVA-1.5-7B in fp16. Each case runs inside a CUDA graph over
 that together outgrow the L2 cache (up to 32 of them: the small cases stay in it); the time is the
 median replay over the calls in it, launch gaps included. "torch" is plain torch for the same
 result, captured the same way; for attention that is scaled_dot_product_attention over dense keys
-and values, which need no paging.
+and values, which need no paging. "dense prefill" is what EngineConfig(attention="torch") does, flash
+over the step's own keys or gathered ones, beside cuDNN on whole prompts and flash without gathering
+on chunks; the "attention" case of the same sizes is attention="paged".
 
     python bench/kernels.py [--json PATH]
 """
@@ -16,6 +18,7 @@ import json
 import os
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,8 @@ from llava_engine.kernels.norm import add_rms_norm, rms_norm
 from llava_engine.kernels.projector import project
 from llava_engine.kernels.rope_kv import rope_append
 from llava_engine.kernels.sampling import sample
+from llava_engine.kernels.varlen_attention import torch_flash_varlen_attention
+from llava_engine.network.attention import PrefillAttention
 
 HIDDEN, WIDE, HEADS, DIM, VOCAB, BLOCK = 4096, 11008, 32, 128, 32064, 64
 L2_BYTES = 50 << 20
@@ -176,6 +181,60 @@ def attention(sequences: int, new: int, context: int, kv_heads: int = HEADS) -> 
     return Case(f"{name} kv_heads={kv_heads}", nbytes, make, flops)
 
 
+def dense_prefill(sequences: int, new: int, context: int) -> Case:
+    """Chunks as a step has them: q, k and v are slices of one matrix, earlier keys in the cache."""
+
+    def make() -> tuple[Call, Call]:
+        blocks = -(-context // BLOCK)
+        k_cache, v_cache = (half(sequences * blocks, HEADS, BLOCK, DIM) for _ in range(2))
+        table = torch.randperm(sequences * blocks).view(sequences, blocks).numpy()
+        q, k, v = half(sequences * new, 3 * HEADS, DIM).chunk(3, dim=1)
+        planner = PrefillAttention(
+            torch_flash_varlen_attention,
+            min_rows=2,
+            num_kv_heads=HEADS,
+            key_bytes=4 * HEADS * DIM,
+        )
+        plan = planner.plan([new] * sequences, [context] * sequences, table, BLOCK, DEVICE)
+        assert plan is not None and not plan.num_paged
+        if new == context:
+            by_heads = [x.view(sequences, new, HEADS, DIM).transpose(1, 2) for x in (q, k, v)]
+            return (
+                lambda: plan(q, k, v, k_cache, v_cache, DIM**-0.5),
+                lambda: cudnn(*by_heads),
+            )
+        keys, values = (half(sequences * context, HEADS, DIM) for _ in range(2))
+        lengths = (plan.cu_query, plan.cu_context, new, context)
+        return (
+            lambda: plan(q, k, v, k_cache, v_cache, DIM**-0.5),
+            lambda: torch_flash_varlen_attention(q, keys, values, *lengths, DIM**-0.5),
+        )
+
+    seen = new * context - new * (new - 1) // 2
+    nbytes = 4 * sequences * DIM * HEADS * (context + new)
+    flops = 4 * sequences * seen * HEADS * DIM
+    return Case(f"dense prefill S={sequences} new={new} context={context}", nbytes, make, flops)
+
+
+def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of whole prompts by cuDNN, [S, heads, n, D]."""
+    op = torch.ops.aten._scaled_dot_product_cudnn_attention
+    return op(q, k, v, None, False, 0.0, True, False)[0]
+
+
+def cudnn_first_call_ms() -> float:
+    """Milliseconds of the first call at a length that is new to the process, the median of five."""
+    times = []
+    for length in (620, 611, 612, 613, 614, 615):
+        q, k, v = (half(1, HEADS, length, DIM) for _ in range(3))
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        cudnn(q, k, v)
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
 def projector(rows: int) -> Case:
     def make() -> tuple[Call, Call]:
         features, w1, w2 = half(rows, 1024), half(HIDDEN, 1024), half(HIDDEN, HIDDEN)
@@ -244,6 +303,14 @@ def cases() -> Iterator[Case]:
     yield attention(4, 620, 620)
     yield attention(1, 512, 1536)
     yield attention(1, 620, 620, kv_heads=8)
+    for sequences, new, context in ((1, 620, 620), (4, 620, 620), (1, 512, 1536)):
+        yield dense_prefill(sequences, new, context)
+    # Where gathering begins to pay: network.attention's _WORTH_IT.
+    for new in (32, 64, 128, 256):
+        yield attention(1, new, 640)
+        yield dense_prefill(1, new, 640)
+    yield attention(8, 128, 744)
+    yield dense_prefill(8, 128, 744)
     yield projector(576)
     for rows in (1, 64):
         yield sampling(rows, 0.0, 0, 1.0)
@@ -279,6 +346,8 @@ def main() -> None:
     with torch.inference_mode():
         ceiling = copy_ceiling()
         print(f"{torch.cuda.get_device_name()}: copy {ceiling:.0f} GB/s")
+        first_cudnn = cudnn_first_call_ms()
+        print(f"cuDNN attention at a new length: {first_cudnn:.1f} ms")
         rows = []
         for case in cases():
             row = measure(case, ceiling)
@@ -295,6 +364,7 @@ def main() -> None:
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "copy_gb_per_s": ceiling,
+            "cudnn_first_call_ms": first_cudnn,
             "rows": rows,
         }
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
