@@ -4,9 +4,9 @@ Sizes are those of LLaVA-1.5-7B in fp16. Each case runs inside a CUDA graph over
 that together outgrow the L2 cache (up to 32 of them: the small cases stay in it); the time is the
 median replay over the calls in it, launch gaps included. "torch" is plain torch for the same
 result, captured the same way; for attention that is scaled_dot_product_attention over dense keys
-and values, which need no paging. "dense prefill" is what EngineConfig(attention="torch") does, flash
-over the step's own keys or gathered ones, beside cuDNN on whole prompts and flash without gathering
-on chunks; the "attention" case of the same sizes is attention="paged".
+and values, which need no paging. "dense prefill" is EngineConfig(attention="torch"): flash over
+the step's own keys or gathered ones, beside cuDNN for whole prompts and flash without the gathering
+for chunks; the "attention" case of the same sizes is attention="paged".
 
     python bench/kernels.py [--json PATH]
 """
