@@ -16,6 +16,7 @@ from llava_engine.network.llama import Batch
 from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime.feature_cache import FeatureCache
 from llava_engine.runtime.kv_cache import KVCache
+from llava_engine.runtime.picture_encoder import PictureEncoder
 from llava_engine.runtime.sampler import Sampler
 from llava_engine.runtime.scheduler import Scheduled
 from llava_engine.runtime.sequence import Picture, Sequence
@@ -33,16 +34,17 @@ class ModelRunner:
         streams: DeviceStreams,
         *,
         attention: str = "paged",
+        captures: bool = False,
     ) -> None:
-        """attention: as in EngineConfig. Raises as network.attention.prefill_attention."""
+        """attention: as in EngineConfig. captures: whether work may be captured as CUDA graphs.
+        Raises as network.attention.prefill_attention."""
         self._model = model
         self._cache = cache
         self._features = features
-        self._streams = streams
+        self._encode = PictureEncoder(model, streams, captures=captures)
         self._device = device = model.device
         text = model.config.text
         self._sampler = Sampler(text.vocab_size, model.config.image_token_id, device)
-        self._dtype = model.dtype
         self._prefill = prefill_attention(attention, text, model.dtype, device)
         self._block_size = cache.block_size
 
@@ -63,6 +65,10 @@ class ModelRunner:
                 tokens[row] = token
         return tokens
 
+    def close(self) -> None:
+        """Drop what was captured; nothing may run any more."""
+        self._encode.close()
+
     def _encode_pictures(self, step: list[Scheduled]) -> None:
         """Give every sequence the features that its chunk needs, encoding each picture once."""
         missing: dict[bytes, Picture] = {}
@@ -79,8 +85,7 @@ class ModelRunner:
                     entry.sequence.features[picture.key] = known
         if missing:
             pixels = np.stack([picture.pixels for picture in missing.values()])
-            batch = self._streams.upload(torch.from_numpy(pixels))
-            encoded = self._model.encode_images(batch.to(self._dtype))
+            encoded = self._encode(pixels)
             for key, batched in zip(missing, encoded.unbind(), strict=True):
                 features = batched.clone()  # a view would keep the whole batch alive
                 self._features.put(key, features)

@@ -83,7 +83,12 @@ class DeviceRuntime:
         attention = "paged" if config.kernels == "reference" else config.attention
         self._streams = DeviceStreams(device)
         self._runner = ModelRunner(
-            model, self._cache, self._features, self._streams, attention=attention
+            model,
+            self._cache,
+            self._features,
+            self._streams,
+            attention=attention,
+            captures=config.kernels == "auto",
         )
         self._decoder = Decoder(
             model,
@@ -378,6 +383,7 @@ class DeviceRuntime:
     def _free_memory(self) -> None:
         try:
             self._decoder.close()  # first: steps in flight still write to the cache
+            self._runner.close()
         finally:
             del self._runner
             self._weights_bytes = 0

@@ -18,35 +18,36 @@ class DeviceStreams:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.decode: torch.cuda.Stream | None = None
+        self.prefill: torch.cuda.Stream | None = None
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the weights may have been written on any stream
             self.decode = _stream(device, priority=-1)
-            self._prefill, self._copy = _stream(device), _stream(device)
+            self.prefill, self._copy = _stream(device), _stream(device)
 
     @contextmanager
     def prefilling(self) -> Iterator[None]:
         """Make the prefill stream current."""
-        if self.decode is None:
+        if self.decode is None or self.prefill is None:
             yield
             return
-        with torch.cuda.stream(self._prefill):
-            self._prefill.wait_stream(self.decode)
+        with torch.cuda.stream(self.prefill):
+            self.prefill.wait_stream(self.decode)
             yield
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """Make the decode stream current, behind all that the prefill stream has to do."""
-        if self.decode is None:
+        if self.decode is None or self.prefill is None:
             yield
             return
         with torch.cuda.stream(self.decode):
-            self.decode.wait_stream(self._prefill)
+            self.decode.wait_stream(self.prefill)
             yield
 
     def decoded(self) -> None:
         """Let the prefill stream wait for all that the decode stream has to do by now."""
-        if self.decode is not None:
-            self._prefill.wait_stream(self.decode)
+        if self.decode is not None and self.prefill is not None:
+            self.prefill.wait_stream(self.decode)
 
     def upload(self, host: torch.Tensor) -> torch.Tensor:
         """`host` on the device, for work of the current stream; copied from pinned memory."""

@@ -119,9 +119,10 @@ def sequences_of(chance: random.Random, count: int, vocab: int) -> list[Sequence
 def drained(decoder: Decoder) -> list[tuple[int, int, int, bool]]:
     """Step (from 0), row, token and end of everything that the run gives."""
     events, ended = [], False
+    until = time.monotonic() + 60
     while not ended:
+        assert time.monotonic() < until, "the run hangs"
         tokens, ended = decoder.wait(60)
-        assert tokens or ended, "the run hangs"
         events += [event for _, event in tokens]
     first = events[0].step
     return sorted((e.step - first, e.row, e.token, e.finished) for e in events)
