@@ -1,7 +1,9 @@
 """What does a token cost in the whole runtime, LLaVA-1.5-7B's shape, random fp16 weights?
 
-One picture and 25 text tokens, 128 new tokens, through DeviceRuntime: alone and 64 at once. No step
-graph exists yet, so this is the host's launch rate as much as the GPU's speed.
+One picture and 25 text tokens, 128 new tokens each, from submission to the chunks of a ChunkStream:
+one request after the other, the same beside two Python threads that compute, and 64 at once. The
+engine's times are those at which its native loop saw the tokens; the reader's are those at which a
+Python thread had the chunk in its hands.
 
     python bench/decode.py [--kernels auto|reference] [--json PATH]
 """
@@ -15,79 +17,125 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from llava_engine import EngineConfig, FinishReason, SamplingParams
-from llava_engine.errors import LlavaError
+from bench.decode_step import DEVICE, READ_BYTES_PER_S, floor_ms, make_model
+from llava_engine import EngineConfig, SamplingParams
 from llava_engine.kernels.library import require_kernels
-from llava_engine.network.config import LlavaConfig
-from llava_engine.network.weights import random_model
+from llava_engine.runtime.decode_loop import TokenEvent
 from llava_engine.runtime.runtime import DeviceRuntime
 from llava_engine.runtime.sequence import Picture, Sequence
+from llava_engine.stream import Channel, ChunkStream
 from llava_engine.text.prompt import placeholder_ids
 
 NEW_TOKENS = 128
-DEVICE = torch.device("cuda")
-SHAPE = {
-    "model_type": "llava",
-    "image_token_index": 32000,
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default",
-    "text_config": {
-        "model_type": "llama",
-        "vocab_size": 32064,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-    },
-}
+REQUESTS = 10  # one after the other, for each set of inter-token times
 
 
-class Sink:
-    """Notes when each token came."""
+class Words:
+    """Random weights say nothing: every token is a word."""
 
-    cancelled = False
+    def push(self, token_id: int) -> str:
+        return f" {token_id}"
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self.ended = threading.Event()
-        self.error: LlavaError | None = None
-
-    def start(self, cached_tokens: int) -> None: ...
-
-    def put(self, token_id: int) -> None:
-        self.times.append(time.perf_counter())
-
-    def finish(self, reason: FinishReason) -> None:
-        self.ended.set()
-
-    def fail(self, error: LlavaError) -> None:
-        self.error = error
-        self.ended.set()
-
-    def wait(self) -> list[float]:
-        self.ended.wait()
-        if self.error is not None:
-            raise self.error
-        return self.times
+    def flush(self) -> str:
+        return ""
 
 
-def request(number: int, length: int, sink: Sink) -> Sequence:
-    """A picture that no other request has, then 25 text tokens."""
-    key = number.to_bytes(16, "big")
-    pixels = np.random.default_rng(number).standard_normal((3, 336, 336), dtype=np.float32)
-    ids = [1, *placeholder_ids(key, length), *range(100, 125)]
-    return Sequence(
-        ids,
-        (Picture(key, 1, length, pixels),),
-        SamplingParams(ignore_eos=True),
-        NEW_TOKENS,
-        frozenset({2}),
-        sink,
-        seed=0,
-    )
+class Bench:
+    """A runtime, and when its tokens came."""
+
+    def __init__(self, directory: Path, kernels: str) -> None:
+        with torch.inference_mode():
+            model = make_model(directory)
+        self.floor_ms = floor_ms(model, 1)
+        self.image_tokens = model.config.image_tokens
+        config = EngineConfig(device="cuda", kernels=kernels)
+        self.seen: list[TokenEvent] = []
+        self.runtime = DeviceRuntime(
+            model, device=DEVICE, config=config, on_tokens=self.seen.extend
+        )
+        self.runtime.add_worker("one", 30 << 30)
+        self._number = 0
+
+    def submit(self) -> ChunkStream:
+        """A request with a picture that no other has."""
+        self._number += 1
+        key, length = self._number.to_bytes(16, "big"), self.image_tokens
+        generator = np.random.default_rng(self._number)
+        pixels = generator.standard_normal((3, 336, 336), dtype=np.float32)
+        ids = [1, *placeholder_ids(key, length), *range(100, 125)]
+        channel = Channel()
+        channel.bind(Words(), len(ids), length)
+        channel.on_abort(self.runtime.wake)
+        sampling = SamplingParams(ignore_eos=True)
+        picture = Picture(key, 1, length, pixels)
+        self.runtime.submit(
+            Sequence(ids, (picture,), sampling, NEW_TOKENS, frozenset({2}), channel, seed=0)
+        )
+        return ChunkStream(channel)
+
+    def one_after_the_other(self, count: int) -> dict[str, float]:
+        """Milliseconds to the first chunk, and between tokens as engine and reader see them."""
+        first, engine, reader = [], [], []
+        for _ in range(count):
+            self.seen.clear()
+            start = time.perf_counter()
+            times = [time.perf_counter() for _ in self.submit()]
+            first.append(1e3 * (times[0] - start))
+            reader += [1e3 * (b - a) for a, b in zip(times, times[1:], strict=False)]
+            stamps = [event.time_ns for event in self.seen]
+            engine += [1e-6 * (b - a) for a, b in zip(stamps, stamps[1:], strict=False)]
+        return {
+            "first_token_ms": statistics.median(first),
+            "token_ms": statistics.median(engine),
+            "token_ms_mean": statistics.mean(engine),
+            "token_ms_p99": percentile(engine, 0.99),
+            "reader_token_ms": statistics.median(reader),
+            "reader_token_ms_mean": statistics.mean(reader),
+            "reader_token_ms_p99": percentile(reader, 0.99),
+        }
+
+    def at_once(self, count: int) -> float:
+        """Tokens per second of `count` requests, from the first submission to the last chunk."""
+        start = time.perf_counter()
+        streams = [self.submit() for _ in range(count)]
+        threads = [threading.Thread(target=stream.text) for stream in streams]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return count * NEW_TOKENS / (time.perf_counter() - start)
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The smallest value that at least `share` of them do not exceed."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+@contextmanager
+def computing_threads(count: int) -> Iterator[None]:
+    """Python threads that hold the GIL whenever they can."""
+    over = threading.Event()
+
+    def compute() -> None:
+        while not over.is_set():
+            sum(number * number for number in range(1000))
+
+    threads = [threading.Thread(target=compute) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
 
 
 def main() -> None:
@@ -99,44 +147,28 @@ def main() -> None:
     if arguments.kernels == "auto":
         require_kernels(DEVICE)
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_text(json.dumps(SHAPE))
-        config = LlavaConfig.from_directory(Path(directory))
-    with torch.inference_mode():
-        model = random_model(config, device=DEVICE, dtype=torch.float16, seed=0)
-    runtime = DeviceRuntime(
-        model, device=DEVICE, config=EngineConfig(device="cuda", kernels=arguments.kernels)
-    )
-    runtime.add_worker("one", 30 << 30)
-    length = config.image_tokens
-    first, between = [], []
-    for number in range(4):  # the first warms up
-        sink = Sink()
-        start = time.perf_counter()
-        runtime.submit(request(number, length, sink))
-        times = sink.wait()
-        if number:
-            first.append(times[0] - start)
-            between += [b - a for a, b in zip(times, times[1:], strict=False)]
-    sinks = [Sink() for _ in range(64)]
-    requests = [request(100 + number, length, sink) for number, sink in enumerate(sinks)]
-    start = time.perf_counter()
-    for sequence in requests:
-        runtime.submit(sequence)
-    for sink in sinks:
-        sink.wait()
-    together = time.perf_counter() - start
-    runtime.close()
+        bench = Bench(Path(directory), arguments.kernels)
+    bench.one_after_the_other(2)  # warms up
+    idle = bench.one_after_the_other(REQUESTS)
+    with computing_threads(2):
+        busy = bench.one_after_the_other(REQUESTS)
+    bench.at_once(64)  # captures what larger batches need
+    together = statistics.median(bench.at_once(64) for _ in range(3))
+    bench.runtime.close()
     record = {
         "commit": os.environ.get("COMMIT", "unknown"),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "kernels": arguments.kernels,
-        "first_token_ms": 1e3 * statistics.median(first),
-        "token_ms": 1e3 * statistics.median(between),
-        "token_ms_p99": 1e3 * sorted(between)[int(0.99 * len(between))],
-        "tokens_per_s_64": 64 * NEW_TOKENS / together,
+        **idle,
+        "floor_ms": bench.floor_ms,
+        "read_bytes_per_s": READ_BYTES_PER_S,
+        "of_floor": bench.floor_ms / idle["token_ms"],
+        "beside_two_computing_threads": busy,
+        "p99_busy_over_idle": busy["token_ms_p99"] / idle["token_ms_p99"],
+        "tokens_per_s_64": together,
     }
-    print(json.dumps(record))
+    print(json.dumps(record, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
