@@ -1,6 +1,7 @@
 """`NativeLoop`: the DecodeLoop of csrc/decode_loop.cpp, whose thread launches captured steps ahead.
 
-The thread needs no GIL, so no Python thread can hold up the device. Knows rows and raw CUDA handles only. Every call into the library gives up the GIL.
+The thread needs no GIL, so no Python thread can hold up the device. Knows rows and raw CUDA handles
+only. Every call into the library gives up the GIL.
 """
 
 from __future__ import annotations

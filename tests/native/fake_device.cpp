@@ -16,7 +16,16 @@
 
 namespace {
 
-thread_local int current_device = -1;
+std::atomic<int> threads = 0;  // that have a current device and have not ended
+
+struct CurrentDevice {
+  int index = -1;
+  ~CurrentDevice() {
+    if (index >= 0) --threads;
+  }
+};
+
+thread_local CurrentDevice current_device;
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 // What the thread that launches is like.
@@ -102,7 +111,8 @@ extern "C" {
 
 cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device > 7) return cudaErrorInvalidDevice;
-  current_device = device;
+  if (current_device.index < 0) ++threads;
+  current_device.index = device;
   return cudaSuccess;
 }
 
@@ -129,7 +139,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
     if (sigismember(&blocked, signal) == 1) launcher.blocked_signals |= uint64_t{1} << (signal - 1);
   }
   pthread_getname_np(pthread_self(), launcher.name, sizeof(launcher.name));
-  launcher.device = current_device;
+  launcher.device = current_device.index;
   launcher.capture_mode = capture_mode;
   launcher.timer_slack = prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0);
   stream->changed.notify_all();
@@ -239,6 +249,8 @@ int64_t fake_most_in_flight(FakeDevice* device) {
   const std::lock_guard lock(device->mutex);
   return device->most_in_flight;
 }
+
+int fake_threads() { return threads; }
 
 void fake_launcher(FakeDevice* device, Launcher* launcher) {
   const std::lock_guard lock(device->mutex);
