@@ -34,7 +34,8 @@ from llava_engine.stream import Channel, ChunkStream
 from llava_engine.text.prompt import placeholder_ids
 
 NEW_TOKENS = 128
-REQUESTS = 10  # one after the other, for each set of inter-token times
+REQUESTS = 10  # one after the other
+BUSY_REQUESTS = 4  # fewer: before the first token every call into torch waits for the GIL
 
 
 class Words:
@@ -148,10 +149,13 @@ def main() -> None:
         require_kernels(DEVICE)
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(Path(directory), arguments.kernels)
+    print("ready", flush=True)
     bench.one_after_the_other(2)  # warms up
     idle = bench.one_after_the_other(REQUESTS)
+    print("idle", idle, flush=True)
     with computing_threads(2):
-        busy = bench.one_after_the_other(REQUESTS)
+        busy = bench.one_after_the_other(BUSY_REQUESTS)
+    print("busy", busy, flush=True)
     bench.at_once(64)  # captures what larger batches need
     together = statistics.median(bench.at_once(64) for _ in range(3))
     bench.runtime.close()

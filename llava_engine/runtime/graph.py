@@ -38,6 +38,9 @@ class CapturedGraphs:
         graph = ctypes.c_void_p()
         if self._memory is None:
             self._memory = torch.cuda.MemPool()
+            # Its destructor calls the device, and ends the process if that is lost: so it lives
+            # until `clear` has seen that the device answers.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._memory))
         with torch.cuda.stream(self._stream), programmatic_launch(self._overlap):
             work()
             self._stream.synchronize()
@@ -59,14 +62,16 @@ class CapturedGraphs:
         self._check(self._library.llava_engine_graph_launch(ctypes.c_void_p(graph), stream))
 
     def clear(self) -> None:
-        """Drop every graph, when what is in flight is done."""
+        """Drop every graph, when what is in flight is done. Raises what a lost device raises."""
+        if self._memory is None:
+            return
+        memory, self._memory = self._memory, None
         try:
-            if self._graphs:
-                self._stream.synchronize()
+            self._stream.synchronize()
         finally:
             while self._graphs:
                 self._library.llava_engine_graph_destroy(ctypes.c_void_p(self._graphs.pop()))
-            self._memory = None
+        ctypes.pythonapi.Py_DecRef(ctypes.py_object(memory))
 
     def _check(self, error: int) -> None:
         if error != 0:

@@ -272,13 +272,14 @@ def test_a_moving_cache_is_captured_again(
     world: World, runtime: DeviceRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captured: list[int] = []
-    capture = StepGraphs._capture
+    graph_of = StepGraphs.__call__
 
-    def counted(self: StepGraphs, bucket: int) -> torch.cuda.CUDAGraph:
-        captured.append(bucket)
-        return capture(self, bucket)
+    def counted(self: StepGraphs, rows: int) -> int:
+        if rows not in self:
+            captured.append(rows)
+        return graph_of(self, rows)
 
-    monkeypatch.setattr(StepGraphs, "_capture", counted)
+    monkeypatch.setattr(StepGraphs, "__call__", counted)
     asked: list[tuple[int | None, list[int]]] = [(n % 6, [40 + n]) for n in range(8)]
     world.measure(asked)
 
