@@ -75,6 +75,17 @@ def rest(loop: NativeLoop) -> list[TokenEvent]:
     return events
 
 
+def until_failure(loop: NativeLoop, match: str) -> list[TokenEvent]:
+    """All events until the loop says that the device has failed."""
+    got: list[TokenEvent] = []
+    with pytest.raises(DeviceFailed, match=match):
+        while True:
+            new, ended = loop.wait(PATIENCE)
+            assert new and not ended, "nothing came"
+            got += new
+    return got
+
+
 def brief(events: list[TokenEvent]) -> list[tuple[int, int, int, bool]]:
     return [(event.step, event.row, event.token, event.finished) for event in events]
 
@@ -206,11 +217,9 @@ def test_a_refused_launch_ends_the_run_after_what_is_in_flight(device: FakeDevic
     device.refuse_launch(after=5, error=ILLEGAL_ADDRESS)
     device.allow(99)
     tokens = start(device, loop, [99] * 4)
-    got: list[TokenEvent] = []
-    with pytest.raises(DeviceFailed, match="an illegal memory access.*700"):
-        while True:
-            got += loop.wait(PATIENCE)[0]
-    assert brief(got) == expected(tokens, [99] * 4, 5)
+    assert brief(until_failure(loop, "an illegal memory access.*700")) == expected(
+        tokens, [99] * 4, 5
+    )
     assert device.completed == 5
     with pytest.raises(DeviceFailed):  # nobody can miss it
         loop.wait(PATIENCE)
@@ -221,11 +230,7 @@ def test_a_device_that_fails_in_a_step_is_noticed(device: FakeDevice) -> None:
     device.break_after(3, ILLEGAL_ADDRESS)
     device.allow(99)
     tokens = start(device, loop, [99] * 4)
-    got: list[TokenEvent] = []
-    with pytest.raises(DeviceFailed, match="illegal memory access"):
-        while True:
-            got += loop.wait(PATIENCE)[0]
-    assert brief(got) == expected(tokens, [99] * 4, 3)
+    assert brief(until_failure(loop, "illegal memory access")) == expected(tokens, [99] * 4, 3)
     loop.run(4, 99, 1, 0)
     with pytest.raises(DeviceFailed):
         loop.wait(PATIENCE)
@@ -237,9 +242,7 @@ def test_a_device_that_fails_in_an_empty_step_is_noticed(device: FakeDevice) -> 
     device.wait_for("launched", 2)
     device.break_after(1, ILLEGAL_ADDRESS)
     device.allow(1)
-    with pytest.raises(DeviceFailed, match="illegal memory access"):
-        while not loop.wait(PATIENCE)[1]:
-            pass
+    assert len(until_failure(loop, "illegal memory access")) == 1
 
 
 def test_a_slow_step_is_no_failure(device: FakeDevice) -> None:
@@ -257,11 +260,7 @@ def test_a_token_that_never_comes_is_an_error(device: FakeDevice) -> None:
     device.drop(step=2, row=1)
     device.allow(99)
     tokens = start(device, loop, [99] * 4)
-    got: list[TokenEvent] = []
-    with pytest.raises(DeviceFailed, match="never arrived"):
-        while True:
-            got += loop.wait(PATIENCE)[0]
-    assert brief(got) == expected(tokens, [99] * 4, 2)
+    assert brief(until_failure(loop, "never arrived")) == expected(tokens, [99] * 4, 2)
 
 
 def test_steps_that_the_device_counts_otherwise_are_an_error(device: FakeDevice) -> None:
