@@ -1,7 +1,7 @@
 """Runs every CUDA kernel a few times at small sizes, for compute-sanitizer to watch.
 
 compute-sanitizer --tool memcheck python bench/sanitize.py
-compute-sanitizer --tool racecheck python bench/sanitize.py attention sampling linear
+compute-sanitizer --tool racecheck python bench/sanitize.py attention sampling linear step
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 
 from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.attention import attention_workspace, paged_attention
+from llava_engine.kernels.decode_step import advance
 from llava_engine.kernels.library import require_kernels
 from llava_engine.kernels.linear import (
     linear_add,
@@ -110,6 +111,26 @@ def samplings() -> None:
     )
 
 
+def steps() -> None:
+    rows = torch.arange(5, device=GPU)
+    ring = torch.zeros(4, 6, 4, dtype=torch.int32).pin_memory()
+    advance(
+        rows.clone(),
+        rows.clone(),
+        rows.clone(),
+        (rows.clamp(max=3) % 3).int(),
+        rows.clone(),
+        (rows % 2 + 1).int(),
+        torch.zeros(5, 77, dtype=torch.bool, device=GPU),
+        torch.tensor([6], device=GPU),
+        ring,
+        rows + 2,
+        torch.full((5, 2), 3, device=GPU),
+        torch.ones(5, 4, device=GPU).int(),
+        16,
+    )
+
+
 GROUPS = {
     "norm": norms,
     "activation": activations,
@@ -118,6 +139,7 @@ GROUPS = {
     "projector": projectors,
     "attention": attentions,
     "sampling": samplings,
+    "step": steps,
 }
 
 
