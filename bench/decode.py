@@ -5,7 +5,7 @@ one request after the other, the same beside two Python threads that compute, an
 engine's times are those at which its native loop saw the tokens; the reader's are those at which a
 Python thread had the chunk in its hands.
 
-    python bench/decode.py [--kernels auto|reference] [--json PATH]
+    python bench/decode.py [--kernels auto|reference] [--prefill-chunk N] [--at-once N ...] [--json PATH]
 """
 
 from __future__ import annotations
@@ -51,12 +51,11 @@ class Words:
 class Bench:
     """A runtime, and when its tokens came."""
 
-    def __init__(self, directory: Path, kernels: str) -> None:
+    def __init__(self, directory: Path, config: EngineConfig) -> None:
         with torch.inference_mode():
             model = make_model(directory)
         self.floor_ms = floor_ms(model, 1)
         self.image_tokens = model.config.image_tokens
-        config = EngineConfig(device="cuda", kernels=kernels)
         self.seen: list[TokenEvent] = []
         self.runtime = DeviceRuntime(
             model, device=DEVICE, config=config, on_tokens=self.seen.extend
@@ -143,12 +142,17 @@ def main() -> None:
     """Print first-token and inter-token times; write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernels", choices=("auto", "reference"), default="auto")
+    parser.add_argument("--prefill-chunk", type=int, default=EngineConfig().prefill_chunk)
+    parser.add_argument("--at-once", type=int, nargs="+", default=[64])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.kernels == "auto":
         require_kernels(DEVICE)
     with tempfile.TemporaryDirectory() as directory:
-        bench = Bench(Path(directory), arguments.kernels)
+        config = EngineConfig(
+            device="cuda", kernels=arguments.kernels, prefill_chunk=arguments.prefill_chunk
+        )
+        bench = Bench(Path(directory), config)
     print("ready", flush=True)
     bench.one_after_the_other(2)  # warms up
     idle = bench.one_after_the_other(REQUESTS)
@@ -157,20 +161,24 @@ def main() -> None:
         busy = bench.one_after_the_other(BUSY_REQUESTS)
     print("busy", busy, flush=True)
     bench.at_once(64)  # captures what larger batches need
-    together = statistics.median(bench.at_once(64) for _ in range(3))
+    together = {
+        f"tokens_per_s_{count}": statistics.median(bench.at_once(count) for _ in range(3))
+        for count in arguments.at_once
+    }
     bench.runtime.close()
     record = {
         "commit": os.environ.get("COMMIT", "unknown"),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "kernels": arguments.kernels,
+        "prefill_chunk": arguments.prefill_chunk,
         **idle,
         "floor_ms": bench.floor_ms,
         "read_bytes_per_s": READ_BYTES_PER_S,
         "of_floor": bench.floor_ms / idle["token_ms"],
         "beside_two_computing_threads": busy,
         "p99_busy_over_idle": busy["token_ms_p99"] / idle["token_ms_p99"],
-        "tokens_per_s_64": together,
+        **together,
     }
     print(json.dumps(record, indent=1))
     if arguments.json:
