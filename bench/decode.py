@@ -5,7 +5,8 @@ one request after the other, the same beside two Python threads that compute, an
 engine's times are those at which its native loop saw the tokens; the reader's are those at which a
 Python thread had the chunk in its hands.
 
-    python bench/decode.py [--kernels auto|reference] [--prefill-chunk N] [--at-once N ...] [--json PATH]
+    python bench/decode.py [--kernels auto|reference] [--prefill-chunk N] [--at-once N ...]
+                           [--json PATH]
 """
 
 from __future__ import annotations
