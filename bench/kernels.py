@@ -29,6 +29,12 @@ import torch.nn.functional as F
 from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.attention import attention_workspace, paged_attention
 from llava_engine.kernels.library import require_kernels
+from llava_engine.kernels.linear import (
+    linear_add,
+    norm_linear,
+    norm_linear_silu_mul,
+    norm_qkv_rope_append,
+)
 from llava_engine.kernels.norm import add_rms_norm, rms_norm
 from llava_engine.kernels.projector import project
 from llava_engine.kernels.rope_kv import rope_append
@@ -235,6 +241,54 @@ def cudnn_first_call_ms() -> float:
     return statistics.median(times[1:])
 
 
+def linears(rows: int) -> Iterator[Case]:
+    """The products of a decoding step with all that is folded in, beside torch's own parts."""
+
+    def matrix(outputs: int, inputs: int) -> torch.Tensor:
+        return half(outputs, inputs) * inputs**-0.5
+
+    def qkv() -> tuple[Call, Call]:
+        x, gain, weight = half(rows, HIDDEN), half(HIDDEN), matrix(3 * HIDDEN, HIDDEN)
+        q, cache = half(rows, HEADS, DIM), half(rows, HEADS, BLOCK, DIM)
+        cos_sin, places = torch.randn(4096, DIM, device=DEVICE), torch.arange(rows, device=DEVICE)
+        where = (cos_sin, places, places * BLOCK)
+        return (
+            lambda: norm_qkv_rope_append(q, cache, cache, x, gain, 1e-5, weight, *where),
+            lambda: F.linear(F.rms_norm(x, (HIDDEN,), gain, 1e-5), weight),  # and no more
+        )
+
+    def add(inputs: int) -> tuple[Call, Call]:
+        x, weight, residual = half(rows, inputs), matrix(HIDDEN, inputs), half(rows, HIDDEN)
+        return (
+            lambda: linear_add(residual, x, weight),
+            lambda: residual.add_(F.linear(x, weight)),
+        )
+
+    def gate_up() -> tuple[Call, Call]:
+        x, gain, weight = half(rows, HIDDEN), half(HIDDEN), matrix(2 * WIDE, HIDDEN)
+        out = half(rows, WIDE)
+
+        def plain() -> torch.Tensor:
+            gate, up = F.linear(F.rms_norm(x, (HIDDEN,), gain, 1e-5), weight).chunk(2, dim=-1)
+            return F.silu(gate) * up
+
+        return lambda: norm_linear_silu_mul(out, x, gain, 1e-5, weight), plain
+
+    def head() -> tuple[Call, Call]:
+        x, gain, weight = half(rows, HIDDEN), half(HIDDEN), matrix(VOCAB, HIDDEN)
+        out = torch.empty(rows, VOCAB, device=DEVICE)
+        return (
+            lambda: norm_linear(out, x, gain, 1e-5, weight),
+            lambda: F.linear(F.rms_norm(x, (HIDDEN,), gain, 1e-5), weight).float(),
+        )
+
+    yield Case(f"norm_qkv_rope_append R={rows}", 6 * HIDDEN * HIDDEN, qkv)
+    yield Case(f"linear_add R={rows} inputs={HIDDEN}", 2 * HIDDEN * HIDDEN, lambda: add(HIDDEN))
+    yield Case(f"norm_linear_silu_mul R={rows}", 4 * WIDE * HIDDEN, gate_up)
+    yield Case(f"linear_add R={rows} inputs={WIDE}", 2 * HIDDEN * WIDE, lambda: add(WIDE))
+    yield Case(f"norm_linear R={rows}", 2 * VOCAB * HIDDEN, head)
+
+
 def projector(rows: int) -> Case:
     def make() -> tuple[Call, Call]:
         features, w1, w2 = half(rows, 1024), half(HIDDEN, 1024), half(HIDDEN, HIDDEN)
@@ -311,6 +365,8 @@ def cases() -> Iterator[Case]:
         yield dense_prefill(1, new, 640)
     yield attention(8, 128, 744)
     yield dense_prefill(8, 128, 744)
+    for rows in (1, 2, 4, 8):
+        yield from linears(rows)
     yield projector(576)
     for rows in (1, 64):
         yield sampling(rows, 0.0, 0, 1.0)
