@@ -1,10 +1,9 @@
-// Decoding attention over the paged cache (flash decoding, Dao et al. 2023): a sequence's keys are
-// split over blocks, and the block that finishes last merges the parts in the same launch.
-// The grid depends on shapes alone, so a captured graph serves every context length.
+// Decoding attention over the paged cache (flash decoding, Dao et al. 2023) before Hopper: a
+// sequence's keys are split over blocks, and the block that finishes last merges the parts in the
+// same launch. The grid depends on shapes alone, so a captured graph serves every context length.
 #include <algorithm>
-#include <type_traits>
 
-#include "attention.cuh"
+#include "attention_decode.cuh"
 
 namespace llava_engine {
 namespace {
@@ -21,49 +20,6 @@ struct Split {
   int count;       // blockIdx.x goes so far, whatever the context
   int* counters;   // [sequences * gridDim.y], how many parts of each are done
   float* parts;    // [sequences * gridDim.y, count, G, dim + 2]: sum, maximum, weight
-};
-
-// 8 elements as they came from memory. Whole words, since the compiler gives each 16-bit member of
-// a struct a register of its own.
-template <typename T>
-struct Loaded {
-  uint4 words[sizeof(T) * kVector / 16];
-
-  // Past L1: nobody reads it twice, and the newest key is written while this block is here already.
-  __device__ static Loaded from(const T* place) {
-    Loaded loaded;
-#pragma unroll
-    for (int i = 0; i < sizeof(T) * kVector / 16; ++i) {
-      loaded.words[i] = __ldcg(reinterpret_cast<const uint4*>(place) + i);
-    }
-    return loaded;
-  }
-  __device__ float operator[](int i) const {
-    const uint4& four = words[i * sizeof(T) / 16];
-    const int index = i * sizeof(T) % 16 / 4;
-    const uint32_t word =
-        index == 0 ? four.x : index == 1 ? four.y : index == 2 ? four.z : four.w;
-    if constexpr (std::is_same_v<T, float>) {
-      return __uint_as_float(word);
-    } else if constexpr (std::is_same_v<T, __half>) {
-      return __half2float(__ushort_as_half(i % 2 == 0 ? word & 0xffff : word >> 16));
-    } else {
-      return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
-    }
-  }
-};
-
-// The running softmax of one query: maximum, sum of weights, weighted sum of values.
-template <int N>
-struct Running {
-  float maximum = -INFINITY, weight = 0.0f, sum[N] = {};
-
-  // What the sums so far are worth under a new maximum; 0 while there are none.
-  __device__ float raise(float score) {
-    const float before = maximum;
-    maximum = fmaxf(maximum, score);
-    return maximum == -INFINITY ? 0.0f : exp2f(before - maximum);
-  }
 };
 
 __device__ inline bool last_to_finish(int* counter, int participants) {
@@ -308,10 +264,19 @@ void by_group(const AttentionArguments& a, const Tensor& workspace, cudaStream_t
   }
 }
 
+// Whether these are Hopper's instructions or later ones.
+bool has_bulk_copies(const Tensor& tensor) {
+  int major = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor,
+                                        tensor.get_device_index()));
+  return major >= 9;
+}
+
 }  // namespace
 
 template <typename T>
 void launch_decode(const AttentionArguments& a, const Tensor& workspace, cudaStream_t stream) {
+  if (has_bulk_copies(workspace)) return launch_ring_decode<T>(a, stream);
   if (a.dim <= 32) {
     by_group<T, 4>(a, workspace, stream);
   } else if (a.dim <= 64) {

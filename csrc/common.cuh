@@ -132,27 +132,40 @@ __device__ inline void wait_for_predecessor() {
 // Whether this thread's launches are programmatic (llava_engine_programmatic_launch, probe.cu).
 extern thread_local bool programmatic_launch;
 
-// Launches a kernel that calls wait_for_predecessor.
+// Launches a kernel that calls wait_for_predecessor, `cluster` neighbours in x of the grid together.
 template <typename... Parameters, typename... Arguments>
-void launch_chained(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
-                    cudaStream_t stream, Arguments&&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block,
+                     size_t shared, cudaStream_t stream, Arguments&&... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = programmatic_launch ? 1 : 0;
+  config.attrs = attributes;
   if (programmatic_launch) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
     // An SM must run empty before it divides its memory another way: all kernels want the same.
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                         cudaSharedmemCarveoutMaxShared));
   }
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
   STD_CUDA_CHECK(
       cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+// The same without clusters.
+template <typename... Parameters, typename... Arguments>
+void launch_chained(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                    cudaStream_t stream, Arguments&&... arguments) {
+  launch_clusters(kernel, 1, grid, block, shared, stream, arguments...);
 }
 
 // Calls f with a value of the element type: half, bfloat16 or float.

@@ -8,6 +8,7 @@
 
 #include "common.cuh"
 #include "ops.h"
+#include "ring.cuh"
 
 namespace llava_engine {
 namespace {
@@ -38,54 +39,9 @@ struct Rows {
   int first, second;
 };
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 __device__ inline void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory");
 }
-
-#if __CUDA_ARCH__ >= 900
-__device__ inline void barrier_init(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(arrivals)
-               : "memory");
-}
-
-__device__ inline void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
-__device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
-}
-
-__device__ inline void barrier_wait(uint64_t* barrier, uint32_t phase) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(phase)
-      : "memory");
-}
-
-__device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
-                                 uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-      : "memory");
-}
-#endif
 
 // sums += x tile [16 tokens, of which 8 are there] @ weight tile [8 rows].T over 16 inputs.
 template <typename T>
@@ -105,19 +61,6 @@ __device__ inline void multiply(float (&sums)[4], uint32_t x0, uint32_t x1, uint
         : "r"(x0), "r"(0), "r"(x1), "r"(w0), "r"(w1));
   }
 }
-
-// Where a block is in its ring.
-struct Cursor {
-  int slot = 0;
-  uint32_t phase = 0;
-
-  __device__ void advance(int slots) {
-    if (++slot == slots) {
-      slot = 0;
-      phase ^= 1;
-    }
-  }
-};
 
 // What is in shared memory: x [tokens] and the ring [slots, kRows], rows padded; what the warps have
 // of a unit, for two units; the slots' barriers.
@@ -154,8 +97,7 @@ template <typename T, typename Epilogue>
 __device__ void fill_ring(const Product<T>& product, const Epilogue& epilogue,
                           const Layout<T>& layout, T* ring, uint64_t* full, uint64_t* empty) {
   const int lane = threadIdx.x % kWarp;
-  uint64_t policy;  // the weights will not be used again before 13 GB of others
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  const uint64_t policy = evict_first();  // not used again before 13 GB of other weights
   Cursor at;
   bool first_round = true;
   const int units = ceil_div(product.pairs, kPairs);
@@ -272,7 +214,7 @@ __global__ __launch_bounds__(kThreads, 4) void product_kernel(Product<T> product
       barrier_init(full + slot, 1);
       barrier_init(empty + slot, kConsumers);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_ready();
   }
   __syncthreads();
   if (warp == kConsumers) {
