@@ -30,6 +30,12 @@ struct Loaded {
     }
     return loaded;
   }
+  __device__ void to_shared(T* place) const {
+#pragma unroll
+    for (int i = 0; i < sizeof(T) * kVector / 16; ++i) {
+      reinterpret_cast<uint4*>(place)[i] = words[i];
+    }
+  }
   __device__ float operator[](int i) const {
     const uint4& four = words[i * sizeof(T) / 16];
     const int index = i * sizeof(T) % 16 / 4;

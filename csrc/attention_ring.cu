@@ -1,6 +1,6 @@
 // Decoding attention on Hopper: keys and values stream through a ring in shared memory by bulk
-// copies, all but the newest ones before the predecessor has ended. A sequence's keys are split over
-// the blocks of a cluster, whose first block merges what the others store in its shared memory.
+// copies, all but the newest asked for before the predecessor has ended. A sequence's keys are
+// split over the blocks of a cluster; the first merges what the others store in its shared memory.
 // The grid depends on shapes alone, so a captured graph serves every context length.
 #include <algorithm>
 #include <cstddef>
@@ -20,40 +20,39 @@ constexpr int kSplitTarget = 384;  // blocks in all that splitting may make: thr
 template <typename T, int kLanes, int G>
 struct Shared {
   static constexpr int kDim = kLanes * kVector;
-  [[maybe_unused]] static constexpr int kKeysPerWarp = kWarp / kLanes;
-  [[maybe_unused]] static constexpr int kKeys = kConsumers * kKeysPerWarp;
+  static constexpr int kKeysPerWarp = kWarp / kLanes;
+  static constexpr int kKeys = kConsumers * kKeysPerWarp;
   // At most 8 KB of keys a slot, and 48 KB of ring: four blocks share an SM. At most one key for
   // each lane of the copying warp, since blocks of the cache may be that small.
-  static constexpr int kSlotKeys = std::min<int>(kWarp, 8192 / (kDim * sizeof(T)));
-  [[maybe_unused]] static constexpr int kDepth = kSlotKeys / kKeys;
+  static constexpr int kDepth = std::min<int>(kWarp, 8192 / (kDim * sizeof(T))) / kKeys;
+  static constexpr int kSlotKeys = kDepth * kKeys;
   static constexpr int kSlots = std::min<int>(6, 49152 / (2 * kSlotKeys * kDim * sizeof(T)));
 
   alignas(128) T keys[kSlots][kSlotKeys * kDim];  // rows as in the cache, dim apart
   T values[kSlots][kSlotKeys * kDim];
-  uint64_t full[kSlots], empty[kSlots];
+  uint64_t full[kSlots], empty[kSlots], merge;
   float sums[kConsumers][G][kDim], maxima[kConsumers][G], weights[kConsumers][G];
   float parts[kMaxSplits][G][kDim + 2];  // sum, maximum, weight; not there without splits
 };
 
 #if __CUDA_ARCH__ >= 900
-// Every warp of the cluster arrives, then waits, in turn. The release and acquire are for stores.
-__device__ inline void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-}
-
-__device__ inline void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// Stores in the first block of the cluster, at the same place as `to` has here.
-__device__ inline void store_in_first(float* to, float value) {
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(remote) : "r"(shared_address(to)));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
+// Into the first block of the cluster, at the place that `to` has here; `barrier` there counts the
+// bytes. No fence is needed, which would cost more than all else that merging does.
+__device__ inline void store_in_first(float* to, float value, uint64_t* barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 place, counter;\n"
+      "mapa.shared::cluster.u32 place, %0, 0;\n"
+      "mapa.shared::cluster.u32 counter, %1, 0;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [place], %2, [counter];\n"
+      "}\n" ::"r"(shared_address(to)),
+      "r"(shared_address(barrier)), "r"(__float_as_uint(value))
+      : "memory");
 }
 
 // One warp: asks for slot after slot of the keys begin to end as slots become free. `blocks` is the
-// lane's entry of the first 32 in the table.
+// lane's entry of the first 32 in the table. The newest key and value, which the predecessor wrote,
+// come by ordinary loads: a bulk copy would see them only behind a fence that costs as much.
 template <typename T, int kLanes, int G>
 __device__ void fill_ring(const AttentionArguments& a, Shared<T, kLanes, G>& shared,
                           const int32_t* table, int blocks, int kv_head, int begin, int end,
@@ -78,23 +77,31 @@ __device__ void fill_ring(const AttentionArguments& a, Shared<T, kLanes, G>& sha
 
     if (!first_round) barrier_wait(shared.empty + at.slot, at.phase ^ 1);
     uint64_t* full = shared.full + at.slot;
-    if (lane == 0) barrier_expect(full, 2 * (slot_end - base) * row_bytes);
+    const int newest = context - 1;
+    if (lane == 0) barrier_announce(full, 2 * (min(slot_end, newest) - base) * row_bytes);
     __syncwarp();
-    const auto copy = [&](int first, int last) {
-      const int64_t offset = cache_offset(a, block, kv_head, first);
-      const int place = (first - base) * a.dim;
-      const uint32_t bytes = (last - first) * row_bytes;
+    const int known = min(to, newest);
+    if (from < known) {
+      const int64_t offset = cache_offset(a, block, kv_head, from);
+      const int place = (from - base) * a.dim;
+      const uint32_t bytes = (known - from) * row_bytes;
       bulk_copy(shared.keys[at.slot] + place, k_cache + offset, bytes, full, policy);
       bulk_copy(shared.values[at.slot] + place, v_cache + offset, bytes, full, policy);
-    };
-    const int known = min(to, context - 1);
-    if (from < known) copy(from, known);
-    if (slot_end == context) {
-      // The newest key is what the predecessor stored; a bulk copy sees such stores behind a fence.
-      wait_for_predecessor();
-      asm volatile("fence.proxy.async;" ::: "memory");
-      if (some && to == context) copy(context - 1, context);
     }
+    if (slot_end == context) {
+      wait_for_predecessor();
+      block = __shfl_sync(kAllLanes, block, block_of(a, newest) - block_of(a, base));
+      const int64_t offset = cache_offset(a, block, kv_head, newest);
+      const int place = (newest - base) * a.dim, vectors = a.dim / kVector;
+      for (int i = lane; i < 2 * vectors; i += kWarp) {
+        const bool is_v = i >= vectors;
+        const int d = (is_v ? i - vectors : i) * kVector;
+        const auto words = Loaded<T>::from((is_v ? v_cache : k_cache) + offset + d);
+        words.to_shared((is_v ? shared.values : shared.keys)[at.slot] + place + d);
+      }
+      __syncwarp();
+    }
+    if (lane == 0) barrier_arrive(full);
     at.advance(kSlots);
     if (at.slot == 0) first_round = false;
   }
@@ -124,6 +131,7 @@ __global__ __launch_bounds__(kThreads, G == 1 ? 4 : 2) void ring_kernel(Attentio
       barrier_init(shared.full + slot, 1);
       barrier_init(shared.empty + slot, kConsumers);
     }
+    barrier_init(&shared.merge, 1);
     barriers_ready();
   }
   const int group = a.heads / a.kv_heads;
@@ -140,8 +148,15 @@ __global__ __launch_bounds__(kThreads, G == 1 ? 4 : 2) void ring_kernel(Attentio
     for (int i = threadIdx.x; i < dims; i += kThreads) out[i] = from_float<T>(0.0f);
     return;
   }
-  if (splits > 1) cluster_arrive();  // this block has started: its memory may be written
-  __syncthreads();                   // the barriers are there
+  if (splits > 1) {
+    if (threadIdx.x == 0 && split == 0) {
+      barrier_expect(&shared.merge, splits * queries * (a.dim + 2) * sizeof(float));
+    }
+    __syncwarp();
+    // This block has started: others may store in its memory.
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  }
+  __syncthreads();
 
   const int share = ceil_div(context, splits * kKeys) * kKeys;
   const int begin = min(split * share, context), end = min(begin + share, context);
@@ -176,6 +191,7 @@ __global__ __launch_bounds__(kThreads, G == 1 ? 4 : 2) void ring_kernel(Attentio
         offsets[u] = min(first_key + u * kKeys, count - 1) * a.dim + place;
       }
       barrier_wait(shared.full + at.slot, at.phase);
+      __syncwarp();
       Loaded<T> k[kDepth], v[kDepth];
 #pragma unroll
       for (int u = 0; u < kDepth; ++u) {
@@ -245,7 +261,7 @@ __global__ __launch_bounds__(kThreads, G == 1 ? 4 : 2) void ring_kernel(Attentio
   __syncthreads();
 
   // Then what the warps have, then the blocks of the cluster.
-  if (splits > 1) cluster_wait();
+  if (splits > 1) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
   for (int i = threadIdx.x; i < dims; i += kThreads) {
     const int g = i / a.dim, d = i % a.dim;
     float maximum = -INFINITY, sum = 0.0f, weight = 0.0f;
@@ -261,18 +277,15 @@ __global__ __launch_bounds__(kThreads, G == 1 ? 4 : 2) void ring_kernel(Attentio
       out[i] = from_float<T>(sum / weight);
     } else {
       float* part = shared.parts[split][g];
-      store_in_first(part + d, sum);
+      store_in_first(part + d, sum, &shared.merge);
       if (d == 0) {
-        store_in_first(part + kDim, maximum);
-        store_in_first(part + kDim + 1, weight);
+        store_in_first(part + kDim, maximum, &shared.merge);
+        store_in_first(part + kDim + 1, weight, &shared.merge);
       }
     }
   }
-  if (splits == 1) return;
-  __syncwarp();
-  cluster_arrive();
-  cluster_wait();
-  if (split != 0) return;
+  if (splits == 1 || split != 0) return;
+  barrier_wait_cluster(&shared.merge, 0);
   for (int i = threadIdx.x; i < dims; i += kThreads) {
     const int g = i / a.dim, d = i % a.dim;
     float maximum = -INFINITY, sum = 0.0f, weight = 0.0f;

@@ -132,7 +132,7 @@ __device__ inline void wait_for_predecessor() {
 // Whether this thread's launches are programmatic (llava_engine_programmatic_launch, probe.cu).
 extern thread_local bool programmatic_launch;
 
-// Launches a kernel that calls wait_for_predecessor, `cluster` neighbours in x of the grid together.
+// Launches a kernel that calls wait_for_predecessor; its blocks in clusters of `cluster` along x.
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block,
                      size_t shared, cudaStream_t stream, Arguments&&... arguments) {

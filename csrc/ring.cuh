@@ -1,5 +1,5 @@
-// A ring of slots in shared memory that bulk copies fill (Hopper and later): a slot's `full` barrier
-// completes when the bytes announced for it are there, its `empty` barrier when its readers are done.
+// A ring of slots in shared memory that bulk copies fill (Hopper and later). A slot's `full` barrier
+// completes when the bytes announced for it are there, its `empty` barrier when it has been read.
 #pragma once
 
 #include <cstdint>
@@ -40,6 +40,14 @@ __device__ inline void barrier_arrive(uint64_t* barrier) {
                : "memory");
 }
 
+// How many bytes copies will bring, before the copier arrives.
+__device__ inline void barrier_announce(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
 // The copier's arrival, and how many bytes its copies will bring.
 __device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
@@ -54,6 +62,19 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t phase) {
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(phase)
+      : "memory");
+}
+
+// The same for what other blocks of the cluster store.
+__device__ inline void barrier_wait_cluster(uint64_t* barrier, uint32_t phase) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}\n" ::"r"(shared_address(barrier)),
       "r"(phase)
