@@ -201,11 +201,13 @@ void fake_refuse(FakeDevice* device, int64_t launched, int error) {
   device->launch_error = static_cast<cudaError_t>(error);
 }
 
-// Once `completed` steps are done the device does nothing more and answers all with `error`.
+// Once `completed` steps are done, or now if it is below 0, the device does nothing more and
+// answers all with `error`.
 void fake_break(FakeDevice* device, int64_t completed, int error) {
   const std::lock_guard lock(device->mutex);
   device->sticky = static_cast<cudaError_t>(error);
   device->break_at = completed;
+  if (completed < 0) device->broken = true;
   device->changed.notify_all();
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import random
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ import torch
 from support.fake_device import (
     GRAPH,
     PATIENCE,
-    ROOT,
     SOURCES,
     FakeDevice,
     Tokens,
@@ -227,9 +225,10 @@ def test_a_refused_launch_ends_the_run_after_what_is_in_flight(device: FakeDevic
 
 def test_a_device_that_fails_in_a_step_is_noticed(device: FakeDevice) -> None:
     loop = device.loop()
-    device.break_after(3, ILLEGAL_ADDRESS)
-    device.allow(99)
     tokens = start(device, loop, [99] * 4)
+    device.allow(3)
+    device.wait_for("launched", 5)
+    device.break_after(3, ILLEGAL_ADDRESS)  # with two steps in flight, and nothing to launch
     assert brief(until_failure(loop, "illegal memory access")) == expected(tokens, [99] * 4, 3)
     loop.run(4, 99, 1, 0)
     with pytest.raises(DeviceFailed):
@@ -393,17 +392,3 @@ def test_the_launching_thread_is_its_own(device: FakeDevice) -> None:
     blocked = {n for n in range(1, 65) if launcher.blocked_signals >> (n - 1) & 1}
     assert blocked >= {signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1}
     assert not blocked & {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
-
-
-@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_sanitizers_find_nothing(tmp_path: Path, sanitizer: str) -> None:
-    """Races, leaks and what is undefined, in runs that other threads stop, wake and close."""
-    driver = ROOT / "tests" / "native" / "sanitize.cpp"
-    program = compile_native(
-        tmp_path / "sanitize", [driver, *SOURCES], "-O1", f"-fsanitize={sanitizer}"
-    )
-    run = subprocess.run([program], capture_output=True, text=True, timeout=PATIENCE * 4)
-    if "unexpected memory mapping" in run.stderr:
-        pytest.skip("ThreadSanitizer does not run under this kernel's address layout")
-    assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.startswith("tokens: ")

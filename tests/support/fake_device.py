@@ -74,7 +74,7 @@ class FakeDevice:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self.allow(2**40)  # or a test that failed would never come to an end
+        self.break_after(-1, 999)  # or what a test leaves would never come to an end
         for loop in self._loops:
             loop.close()
         self.library.fake_free(self.stream)
@@ -112,6 +112,7 @@ class FakeDevice:
         self.library.fake_refuse(self.stream, ctypes.c_int64(after), error)
 
     def break_after(self, completed: int, error: int) -> None:
+        """Fail for good after so many steps; -1: now."""
         self.library.fake_break(self.stream, ctypes.c_int64(completed), error)
 
     def drop(self, step: int, row: int) -> None:
