@@ -301,6 +301,17 @@ __global__ __launch_bounds__(kThreads, G == 1 ? 4 : 2) void ring_kernel(Attentio
 #endif
 }
 
+// Shared memory of a block, so much that an SM takes no more blocks than its share: they start as
+// the predecessor's end, and the first SMs to be free would have them all. One more of a cluster's,
+// which have to find their places close together.
+int fair_share(int64_t blocks, int cluster) {
+  constexpr int kSm = 228 << 10, kReserved = 1 << 10;  // for each block
+  int device = 0, count = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return kSm / (ceil_div<int64_t>(blocks, count) + (cluster > 1)) / 128 * 128 - kReserved;
+}
+
 template <typename T, int kLanes, int G>
 void launch(const AttentionArguments& a, cudaStream_t stream) {
   using Memory = Shared<T, kLanes, G>;
@@ -312,10 +323,11 @@ void launch(const AttentionArguments& a, cudaStream_t stream) {
          longest > splits * Memory::kSlotKeys) {
     splits *= 2;
   }
+  const int needed = splits == 1 ? offsetof(Memory, parts) : sizeof(Memory);
+  const int bytes = std::max(needed, fair_share(groups * splits, splits));
   const auto kernel = ring_kernel<T, kLanes, G>;
-  const size_t bytes = splits == 1 ? offsetof(Memory, parts) : sizeof(Memory);
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(sizeof(Memory))));
+                                      bytes));
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                       cudaSharedmemCarveoutMaxShared));
   const dim3 grid(splits, rows, a.sequences);

@@ -1,5 +1,5 @@
-// A ring of slots in shared memory that bulk copies fill (Hopper and later). A slot's `full` barrier
-// completes when the bytes announced for it are there, its `empty` barrier when it has been read.
+// A ring of slots in shared memory that bulk copies fill (Hopper and later). A slot's `full`
+// barrier completes when the bytes announced for it are there, its `empty` one when all have read.
 #pragma once
 
 #include <cstdint>

@@ -206,6 +206,21 @@ def test_paged_attention(lengths: str, heads: tuple[int, int, int], dtype: torch
     assert torch.equal(context.run(), ours), "the order of the splits shows"
 
 
+@pytest.mark.parametrize("block_size", [1, 3, 64, 100])
+@pytest.mark.parametrize("heads", [(4, 4, 128), (8, 2, 64), (16, 16, 128)], ids=str)
+def test_decoding_at_the_edges_of_blocks(block_size: int, heads: tuple[int, int, int]) -> None:
+    """Each sequence by itself, split over many blocks of threads, and all together."""
+    generator = torch.Generator()
+    print("seed", generator.seed())
+    lengths = [(1, n) for n in (0, 1, 2, 32, 33, 63, 64, 65, 665, 2048, 2049, 4096)]
+    context = PagedContext(lengths, heads, torch.float16, generator, block_size, "cuda")
+    truth, plain = context.expected(torch.float64), context.expected(torch.float16)
+    within_twice(context.run(), plain, truth, FLOOR)
+    for row in range(len(lengths)):
+        alone = slice(row, row + 1)
+        within_twice(context.run([row]), plain[alone], truth[alone], FLOOR)
+
+
 def test_attention_depends_on_no_neighbour() -> None:
     generator = torch.Generator()
     lengths = LENGTHS["mixed"]
