@@ -326,8 +326,9 @@ void launch(const AttentionArguments& a, cudaStream_t stream) {
   const int needed = splits == 1 ? offsetof(Memory, parts) : sizeof(Memory);
   const int bytes = std::max(needed, fair_share(groups * splits, splits));
   const auto kernel = ring_kernel<T, kLanes, G>;
+  // The same at every launch: a captured one must not find it lowered by another.
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      bytes));
+                                      fair_share(1, 1)));
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                       cudaSharedmemCarveoutMaxShared));
   const dim3 grid(splits, rows, a.sequences);
