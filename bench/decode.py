@@ -36,7 +36,7 @@ from llava_engine.text.prompt import placeholder_ids
 
 NEW_TOKENS = 128
 REQUESTS = 10  # one after the other
-BUSY_REQUESTS = 4  # fewer: before the first token every call into torch waits for the GIL
+BUSY_REQUESTS = 2  # fewer: before the first token every call into torch waits for the GIL
 
 
 class Words:

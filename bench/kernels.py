@@ -359,7 +359,7 @@ def cases() -> Iterator[Case]:
     yield attention(1, 620, 620, kv_heads=8)
     for sequences, new, context in ((1, 620, 620), (4, 620, 620), (1, 512, 1536)):
         yield dense_prefill(sequences, new, context)
-    # Where gathering begins to pay: network.attention's _WORTH_IT.
+    # Whether gathering pays: network.attention's _WORTH_IT.
     for new in (32, 64, 128, 256):
         yield attention(1, new, 640)
         yield dense_prefill(1, new, 640)

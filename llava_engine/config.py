@@ -25,10 +25,10 @@ class EngineConfig:
     dtype: of weights and activations; "auto" is float16 on CUDA and float32 on the CPU.
     kernels: "auto" runs the compiled kernels on CUDA and the torch references on the CPU;
         "reference" runs the references everywhere.
-    attention: how prefill attends on CUDA. "auto" takes torch's flash kernel for long chunks and
-        the engine's own for the rest, "torch" and "flash_attn" that of torch or of the flash-attn
-        package for every chunk, "paged" the engine's own for all. Decoding always takes the latter,
-        and so does what flash kernels are not made for, such as float32.
+    attention: how prefill attends on CUDA. "auto" takes torch's flash kernel for long whole prompts
+        and the engine's own for the rest, "torch" and "flash_attn" that of torch or of the
+        flash-attn package for every chunk, "paged" the engine's own for all. Decoding always takes
+        the latter, and so does what flash kernels are not made for, such as float32.
     programmatic_launch: let the kernels of a decoding step start before their predecessors end, on
         GPUs that can (Hopper and later).
     block_size: tokens per KV block.

@@ -29,9 +29,9 @@ from llava_engine.network.config import TextConfig
 if TYPE_CHECKING:
     from llava_engine.network.llama import Batch
 
-_WORTH_IT = 128
-"""Rows of a chunk from which "auto" gathers: below, reading the keys twice more costs what the
-faster kernel gains, and a short chunk behind a cached prefix would gather that whole prefix."""
+_WORTH_IT = 512
+"""Rows of a whole prompt from which "auto" leaves the paged kernel. Gathering earlier keys for the
+flash kernel takes longer than the paged one at every length measured (bench/NOTES.md)."""
 
 _MAX_GATHERED = 128 << 20  # bytes of keys and values that a step may gather, per layer
 
@@ -88,16 +88,23 @@ class PrefillAttention:
     """Which sequences of a step attend densely, and by which kernel.
 
     min_rows: fewer new rows than that stay paged; at least 2, since decoding rows always do.
-    key_bytes: of one token's key and value in one layer.
+    key_bytes: of one token's key and value in one layer. max_gathered: bytes of them that a step
+        may gather, per layer; with 0 only whole prompts attend densely.
     """
 
     def __init__(
-        self, kernel: VarlenAttention, *, min_rows: int, num_kv_heads: int, key_bytes: int
+        self,
+        kernel: VarlenAttention,
+        *,
+        min_rows: int,
+        num_kv_heads: int,
+        key_bytes: int,
+        max_gathered: int = _MAX_GATHERED,
     ) -> None:
         self._kernel = kernel
         self._min_rows = max(2, min_rows)
         self._num_kv_heads = num_kv_heads
-        self._max_keys = _MAX_GATHERED // key_bytes
+        self._max_keys = max_gathered // key_bytes
 
     def plan(
         self,
@@ -246,6 +253,7 @@ def prefill_attention(
         min_rows=_WORTH_IT if name == "auto" else 2,
         num_kv_heads=config.num_kv_heads,
         key_bytes=2 * config.num_kv_heads * config.head_dim * dtype.itemsize,
+        max_gathered=0 if name == "auto" else _MAX_GATHERED,
     )
 
 

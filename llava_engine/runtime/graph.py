@@ -36,12 +36,12 @@ class CapturedGraphs:
         """
         stream = ctypes.c_void_p(self._stream.cuda_stream)
         graph = ctypes.c_void_p()
-        if self._memory is None:
-            self._memory = torch.cuda.MemPool()
-            # Its destructor calls the device, and ends the process if that is lost: so it lives
-            # until `clear` has seen that the device answers.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._memory))
         with torch.cuda.stream(self._stream), programmatic_launch(self._overlap):
+            if self._memory is None:
+                self._memory = torch.cuda.MemPool()  # of the stream's device
+                # Its destructor calls the device, and ends the process if that is lost: so it
+                # lives until `clear` has seen that the device answers.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._memory))
             work()
             self._stream.synchronize()
             with torch.cuda.use_mem_pool(self._memory, self._stream.device):

@@ -121,7 +121,11 @@ def test_what_is_all_paged(
 def test_auto_and_torch_are_torchs_flash_kernel_on_cuda() -> None:
     """Asked of the plan that each makes of one step; no GPU is needed for that but a stand-in."""
     table = np.zeros((2, 99), dtype=np.int32)
-    for name, lengths in (("auto", [(127, 127), (128, 128)]), ("torch", [(1, 5), (2, 2)])):
+    for name, lengths in (
+        ("auto", [(511, 511), (512, 512)]),
+        ("auto", [(600, 601), (512, 512)]),
+        ("torch", [(1, 5), (2, 2)]),
+    ):
         chosen = prefill_attention(name, TEXT, torch.float16, GPU)
         assert chosen is not None
         new, contexts = zip(*lengths, strict=True)
