@@ -40,6 +40,16 @@ def test_the_gpu_figures_are_those_of_the_last_run() -> None:
     assert found.group(1) == f"{record['first_token_ms']:.1f}"
     assert found.group(2) == f"{record['token_ms']:.2f}"
     assert found.group(3) == f"{record['tokens_per_s_64']:.0f}"
+    assert f"{record['floor_ms']:.2f} ms a token" in README
+    assert f"at {100 * record['of_floor']:.0f} % of what the memory allows" in README
+    busy = record["beside_two_computing_threads"]
+    assert f"p99 {busy['token_ms_p99']:.2f} ms a token" in README
+    assert f"{busy['token_ms_p99']:.2f}" == f"{record['token_ms_p99']:.2f}"
+    assert f"({busy['reader_token_ms']:.0f} ms a token)" in README
+    assert f"({busy['first_token_ms'] / 1e3:.0f} s to the first token)" in README
+    steps = json.loads((ROOT / "bench/results/decode_step.json").read_text())["steps"]
+    shares = sorted(round(100 * step["of_floor"]) for step in steps if step["rows"] > 1)
+    assert f"at {shares[0]} to {shares[-1]} % of its own floor" in README
 
 
 def test_linked_files_exist() -> None:
