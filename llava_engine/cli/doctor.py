@@ -136,7 +136,9 @@ def _advice(found: dict[str, Any]) -> list[str]:
     if found["gpus"] and not found["packages"]["bitsandbytes"]:
         advice.append("Install llava-engine[quant] to run larger models in 4 or 8 bits.")
     if found["gpus"] and not found["packages"]["flash-attn"]:
-        advice.append("Install llava-engine[flash] for faster attention over long prompts.")
+        advice.append(
+            'llava-engine[flash] adds attention="flash_attn" for prompts (not measured yet).'
+        )
     if not found["packages"]["prometheus-client"]:
         advice.append("Install llava-engine[metrics] to export the pool's figures.")
     if found["hub"]["offline"]:
