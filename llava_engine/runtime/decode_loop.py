@@ -83,7 +83,7 @@ class EagerLoop:
     def __init__(self, step: Callable[[int], None], ring: torch.Tensor) -> None:
         self._step = step
         self._ring = ring.numpy()
-        self._next = self._end = 0
+        self._first = self._next = self._end = 0
         self._stop_at = 0
         self._unfinished: set[int] = set()
         self._stopped = False
@@ -95,7 +95,8 @@ class EagerLoop:
         """See DecodeLoop."""
         if self._unfinished:
             raise ValueError("a run is on")
-        self._next, self._end = first_step, first_step + max_steps
+        self._first = self._next = first_step
+        self._end = first_step + max_steps
         self._stop_at = stop_at
         self._unfinished = set(range(rows))
         self._rows = rows
@@ -103,6 +104,8 @@ class EagerLoop:
 
     def wait(self, timeout: float | None) -> tuple[list[TokenEvent], bool]:
         """See DecodeLoop; never blocks longer than a step takes."""
+        if self._stopped and self._next > self._first:
+            self._unfinished.clear()
         if not self._unfinished:
             return [], True
         try:

@@ -76,10 +76,11 @@ def test_stop_ends_a_run_but_never_before_its_first_step() -> None:
     assert len(loop.wait(None)[0]) == 1
     assert not loop.wait(None)[1]
     loop.stop()
-    assert loop.wait(None)[1]
-    loop.run(1, 3, 5, 0)
+    assert loop.wait(None) == ([], True)
+    assert steps.step == 2, "a step was started after the stop"
+    loop.run(1, 2, 5, 0)
     loop.stop()
-    assert [step for step, *_ in drained(loop)] == [3]
+    assert [step for step, *_ in drained(loop)] == [2]
 
 
 def test_one_run_at_a_time() -> None:
