@@ -91,9 +91,11 @@ class Decoder:
         try:
             events, ended = self._loop.wait(timeout)
         finally:
+            rows = self._rows
             if ended:
+                self._rows = []  # an idle decoder keeps no sequence, nor its pictures
                 self._streams.decoded()
-        return [(self._rows[event.row], event) for event in events], ended
+        return [(rows[event.row], event) for event in events], ended
 
     def stop(self) -> None:
         """End the run after the steps that are in flight, and let `wait` return; any thread."""

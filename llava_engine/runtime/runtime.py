@@ -238,11 +238,7 @@ class DeviceRuntime:
             with torch.inference_mode(), self._kernels(), self._streams.prefilling():
                 while not self._closing:
                     self._receive()
-                    step = self._scheduler.schedule(time.monotonic())
-                    if step and all(self._decodes(entry) for entry in step):
-                        self._decode(step)
-                    elif step:
-                        self._run(step)
+                    self._advance(self._scheduler.schedule(time.monotonic()))
         except BaseException as error:  # noqa: BLE001  whatever it is, no stream may hang
             logger.exception("The runtime on %s died.", self.device)
             traceback.clear_frames(error.__traceback__)  # they hold the model
@@ -267,6 +263,12 @@ class DeviceRuntime:
             pass
         if reap:
             self._scheduler.reap()
+
+    def _advance(self, step: list[Scheduled]) -> None:
+        if step and all(self._decodes(entry) for entry in step):
+            self._decode(step)
+        elif step:
+            self._run(step)
 
     def _run(self, step: list[Scheduled]) -> None:
         """One step of anything, pictures and long prompts included."""
@@ -335,12 +337,15 @@ class DeviceRuntime:
         wait, and we stop the run ourselves. Or it came later, and so did the `stop`, which finds
         the run on and ends it, or at the least makes this wait return, after which we look again.
         """
-        cancelled, ended = False, False
+        cancelled, stopped, ended = False, False, False
         while not ended:
             deadline = self._scheduler.next_deadline()
             left = None if deadline is None else deadline - time.monotonic()
-            if cancelled or not self._inbox.empty() or (left is not None and left <= 0):
-                self._decoder.stop()
+            overdue = left is not None and left <= 0
+            if not stopped and (cancelled or overdue or not self._inbox.empty()):
+                self._decoder.stop()  # once: each makes a wait return at once
+                stopped = True
+            if stopped:
                 left = None  # only what is in flight is still to come
             try:
                 tokens, ended = self._decoder.wait(left)
@@ -352,7 +357,8 @@ class DeviceRuntime:
                 self._on_tokens([event for _, event in tokens])
             for sequence, event in tokens:
                 self._scheduler.complete(Scheduled(sequence, 1), event.token)
-                cancelled = cancelled or sequence.sink.cancelled
+                going = sequence.status is SequenceStatus.RUNNING
+                cancelled = cancelled or (going and sequence.sink.cancelled)
         return None
 
     def _shut(self) -> None:

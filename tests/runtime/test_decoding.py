@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,12 +18,14 @@ from support.runtime import Sink, World, make_world, running, settled
 from llava_engine import FinishReason, SamplingParams
 from llava_engine.errors import RequestTimeout, WorkerDied
 from llava_engine.network.llava import LlavaModel
-from llava_engine.runtime.decode_loop import DeviceFailed, TokenEvent
+from llava_engine.runtime import decoder
+from llava_engine.runtime.decode_loop import DeviceFailed, EagerLoop, TokenEvent
 from llava_engine.runtime.decode_state import MAX_EOS
 from llava_engine.runtime.decoder import Decoder
 from llava_engine.runtime.model_runner import ModelRunner
 from llava_engine.runtime.scheduler import Scheduled
 from llava_engine.runtime.sequence import Sequence
+from llava_engine.stream import Channel
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +251,90 @@ def test_who_comes_while_a_run_starts_is_not_overlooked(
         assert guest.wait() == world.expected(None, [30], 2)
         assert guest.host_was_at < 10
         assert patient.wait() == world.expected(None, [20], 200)
+
+
+def test_who_finishes_ends_no_run(
+    world: World, runs: list[Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Channel, which the pool's sequences have as their sink, is as good as cancelled then."""
+    start = Decoder.start
+    batches: list[list[Sequence]] = []
+
+    def watched(self: Decoder, sequences: list[Sequence], *arguments: Any, **options: Any) -> None:
+        batches.append(sequences)
+        start(self, sequences, *arguments, **options)
+
+    monkeypatch.setattr(Decoder, "start", watched)
+    for runtime in running(world, 400):
+        channels = [Channel(), Channel()]
+        sequences = [
+            world.sequence(None, [20], count, channel)
+            for count, channel in zip((60, 5), channels, strict=True)
+        ]
+        for sequence in sequences:
+            runtime.submit(sequence)
+        runtime.add_worker("two", 1)  # so both are there
+        tokens: list[int] = []
+        while not channels[0].cancelled:
+            channels[0].wait()
+            tokens += channels[0].take()[0]
+        tokens += channels[0].take()[0]
+        assert tokens == world.expected(None, [20], 60)
+        settled(runtime)
+    assert batches[-1] == sequences, "the one that was left got a run of its own"
+
+
+class Woken(EagerLoop):
+    """Returns from `wait` whenever `stop` was called, with steps in flight, as the native loop."""
+
+    woken = asked = False
+    for_nothing = 0
+
+    def run(self, rows: int, first_step: int, max_steps: int, stop_at: int) -> None:
+        super().run(rows, first_step, max_steps, stop_at)
+        self.asked = False
+
+    def stop(self) -> None:
+        self.woken = self.asked = True
+
+    def wait(self, timeout: float | None) -> tuple[list[TokenEvent], bool]:
+        if self.woken and self._unfinished:
+            self.woken = False
+            Woken.for_nothing += 1
+            assert Woken.for_nothing < 1000, "it turns round and round"
+            return [], False
+        if self.asked:
+            super().stop()
+        return super().wait(timeout)
+
+
+def test_what_is_in_flight_is_waited_for_quietly(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "EagerLoop", Woken)
+    monkeypatch.setattr(Woken, "for_nothing", 0)
+    for runtime in running(world, 400):
+        patient, guest = Sink(), Sink()
+        runtime.submit(world.sequence(None, [20], 200, patient))
+        while not patient.tokens:
+            time.sleep(0.001)
+        runtime.submit(world.sequence(None, [30], 2, guest))
+        assert guest.wait() == world.expected(None, [30], 2)
+        assert patient.wait() == world.expected(None, [20], 200)
+    assert Woken.for_nothing < 10
+
+
+def test_an_idle_runtime_keeps_no_sequence(world: World) -> None:
+    for runtime in running(world, 400):
+        sink = Sink()
+        sequence = world.sequence(0, [20], 10, sink)
+        kept = weakref.ref(sequence)
+        runtime.submit(sequence)
+        del sequence
+        assert sink.wait() == world.expected(0, [20], 10)
+        runtime.add_worker("two", 1)  # by now its last step is behind the loop
+        gc.collect()
+        assert kept() is None
 
 
 def test_a_deadline_ends_its_own_row_during_a_run(
