@@ -16,12 +16,15 @@ from llava_engine.kernels.rope_kv import rope_append
 
 _MOST_ROWS = 8  # csrc/linear.cu: kMaxTokens
 _MOST_BYTES = 192 << 10  # of x, which an SM has in shared memory beside its ring
+_SINCE = 9  # Hopper: GPUs before it have less shared memory than csrc/linear.cu's plan_ring takes
 
 
 def most_rows(weight: torch.Tensor) -> int:
     """How many rows of x the compiled kernels take with this weight [outputs, inputs]; maybe 0."""
     outputs, inputs = weight.shape
     if weight.dtype.itemsize != 2 or inputs % 32 != 0 or outputs % 2 != 0:
+        return 0
+    if weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] < _SINCE:
         return 0
     return min(_MOST_ROWS, _MOST_BYTES // (2 * inputs))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.kernels import poisoned
 from support.linear import HEADS, product_truth, qkv_case, qkv_truth, silu_truth
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llava_engine.kernels.linear import (
     linear_add,
@@ -64,3 +65,14 @@ def test_what_the_kernels_take() -> None:
     assert most_rows(torch.empty(2, 32)) == 0
     assert most_rows(torch.empty(2, 40, dtype=torch.float16)) == 0
     assert most_rows(torch.empty(3, 32, dtype=torch.float16)) == 0
+
+
+@pytest.mark.parametrize(("capability", "rows"), [((8, 0), 0), ((8, 9), 0), ((9, 0), 8)])
+def test_no_gpu_before_hopper_has_the_shared_memory(
+    capability: tuple[int, int], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """plan_ring takes up to 226 KB: an A100 has 163 KB for a block, an RTX 4090 has 99."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        weight = torch.empty(4096, 4096, dtype=torch.float16, device="cuda:0")
+    assert most_rows(weight) == rows
