@@ -1,51 +1,34 @@
 """Fills a model from a checkpoint directory in the Hugging Face layout, or with random numbers.
 
 safetensors only: nothing is unpickled. The files' headers are checked against the configuration
-before memory is taken; then one tensor at a time is read, converted and put in its place.
+before memory is taken; then network.tensor_reader puts each tensor in its place.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from llava_engine.errors import MemoryExhausted, WeightsError
 from llava_engine.network import clip
 from llava_engine.network.llava import LlavaConfig, LlavaModel
+from llava_engine.network.safetensors_file import SafetensorsFile, StoredTensor
+from llava_engine.network.tensor_reader import DTYPES, read_tensors
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _HEAD = "language_model.lm_head.weight"
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_CUDA_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, the bytes that are done and the bytes in all."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A tensor of a checkpoint: its name and shape there, and the open file that holds it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file_name: str
-    handle: Any  # safetensors.safe_open, which has no type annotations
-
-    @property
-    def nbytes(self) -> int:
-        count = _ITEM_BYTES[self.dtype]
-        for size in self.shape:
-            count *= size
-        return count
 
 
 def load_model(
@@ -58,7 +41,8 @@ def load_model(
     """The model that `directory` holds, on `device` in `dtype`.
 
     progress is called as ("load", bytes read, bytes in all). Raises ModelError or UnsupportedModel
-    for config.json, WeightsError for the weights and MemoryExhausted where they do not fit.
+    for config.json, WeightsError for the weights and MemoryExhausted where they do not fit; all
+    memory that was taken for them is given back then.
     """
     config = LlavaConfig.from_directory(directory)
     with ExitStack() as files:
@@ -67,19 +51,36 @@ def load_model(
             # As transformers does it: a head that is there counts, tied or not.
             config = replace(config, tie_word_embeddings=False)
         _check(config, stored)
-        model = _allocate(config, device, dtype)
-        slots = list(model.slots())
-        total = sum(stored[name].nbytes for name, _ in slots)
-        done = 0
+        with _fitting(device):
+            try:
+                return _filled(config, stored, device, dtype, progress)
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # they hold the model
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()  # who places models asks the driver what is free
+                raise
+
+
+def _filled(
+    config: LlavaConfig,
+    stored: dict[str, StoredTensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> LlavaModel:
+    model = LlavaModel(config, device=device, dtype=dtype)
+    places = [(stored[name], view) for name, view in model.slots()]
+    total = sum(tensor.nbytes for tensor, _ in places)
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
         if progress is not None:
-            progress("load", 0, total)
-        for name, view in sorted(slots, key=lambda slot: stored[slot[0]].file_name):
-            tensor = stored[name]
-            with _reading(tensor.file_name):
-                view.copy_(tensor.handle.get_tensor(tensor.name))
-            done += tensor.nbytes
-            if progress is not None:
-                progress("load", done, total)
+            progress("load", done, total)
+
+    advance(0)
+    read_tensors(places, device, advance)
     return model
 
 
@@ -87,7 +88,8 @@ def random_model(
     config: LlavaConfig, *, device: torch.device, dtype: torch.dtype, seed: int
 ) -> LlavaModel:
     """A model of the true shape with random weights (standard deviation 0.02), for benchmarks."""
-    model = _allocate(config, device, dtype)
+    with _fitting(device):
+        model = LlavaModel(config, device=device, dtype=dtype)
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, view in model.slots():
         if "norm" in name and name.endswith(".weight"):
@@ -97,34 +99,34 @@ def random_model(
     return model
 
 
-def _allocate(config: LlavaConfig, device: torch.device, dtype: torch.dtype) -> LlavaModel:
+@contextmanager
+def _fitting(device: torch.device) -> Iterator[None]:
     try:
-        return LlavaModel(config, device=device, dtype=dtype)
+        yield
     except RuntimeError as error:
-        # On the CPU torch says it with a plain RuntimeError.
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        # Only of the GPU's own memory torch says it with a type.
+        if (
+            isinstance(error, torch.OutOfMemoryError)
+            or getattr(error, "error_code", None) == _CUDA_OUT_OF_MEMORY
+            or "can't allocate memory" in str(error)
+        ):
             raise MemoryExhausted(f"the weights do not fit the memory of {device}") from error
         raise
 
 
-def _read_headers(directory: Path, files: ExitStack) -> dict[str, _Stored]:
+def _read_headers(directory: Path, files: ExitStack) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint by its published name; `files` keeps the files open."""
-    stored: dict[str, _Stored] = {}
+    stored: dict[str, StoredTensor] = {}
     for file_name, listed in _shards(directory).items():
-        with _reading(file_name):
-            handle = files.enter_context(safe_open(directory / file_name, framework="pt"))
-            names = set(handle.keys())
-        absent = listed - names
+        file = files.enter_context(SafetensorsFile(directory / file_name))
+        absent = listed - file.tensors.keys()
         if absent:
             raise WeightsError(f"{file_name} lacks {_some(absent)}, which {_INDEX} puts there")
-        for name in sorted(names):
-            with _reading(file_name):
-                header = handle.get_slice(name)
-                shape, dtype = tuple(header.get_shape()), header.get_dtype()
+        for name, tensor in sorted(file.tensors.items()):
             published = published_name(name)
             if published in stored:
                 raise WeightsError(f"tensor {name} is there twice")
-            stored[published] = _Stored(name, shape, dtype, file_name, handle)
+            stored[published] = tensor
     return stored
 
 
@@ -157,14 +159,6 @@ def _shards(directory: Path) -> dict[str, set[str]]:
     return dict(sorted(shards.items()))
 
 
-@contextmanager
-def _reading(file_name: str) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file_name} is corrupt, truncated or unreadable") from error
-
-
 _RENAMES = (
     (re.compile(r"model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)"), ""),
     (re.compile(r"lm_head\."), "language_model.lm_head."),
@@ -186,7 +180,7 @@ def published_name(name: str) -> str:
     return name
 
 
-def _check(config: LlavaConfig, stored: dict[str, _Stored]) -> None:
+def _check(config: LlavaConfig, stored: dict[str, StoredTensor]) -> None:
     """Raise WeightsError unless `stored` is what the configuration promises."""
     model = LlavaModel(config, device=torch.device("meta"), dtype=torch.float32)
     wanted = {name: tuple(view.shape) for name, view in model.slots()}
@@ -200,9 +194,9 @@ def _check(config: LlavaConfig, stored: dict[str, _Stored]) -> None:
                 f"tensor {tensor.name} has shape {list(tensor.shape)}; "
                 f"config.json asks for {list(shape)}"
             )
-        if tensor.dtype not in _ITEM_BYTES:
+        if tensor.dtype not in DTYPES:
             raise WeightsError(
-                f"tensor {tensor.name} is of type {tensor.dtype}; read are {', '.join(_ITEM_BYTES)}"
+                f"tensor {tensor.name} is of type {tensor.dtype}; read are {', '.join(DTYPES)}"
             )
     unused = _unused(config)
     surplus = [

@@ -1,0 +1,205 @@
+"""Tensors of safetensors files to their places on a device, as fast as the files can be read.
+
+Threads read pieces of the files by position: on the CPU straight into the tensors, elsewhere into
+pinned buffers, two a thread, whose copies to the device run beside the reading. Types are converted
+where the tensor lies.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Protocol
+
+import torch
+
+from llava_engine.network.safetensors_file import SafetensorsFile, StoredTensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""The types that are read, by their names in the files."""
+
+READERS = 8
+PIECE_BYTES = 16 << 20
+"""The most that one read takes, and the size of a buffer: 256 MB are pinned in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Bytes of a file, from `offset` on, and the part of a tensor that they fill."""
+
+    file: SafetensorsFile
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    part: torch.Tensor
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the part holds the very bytes of the file."""
+        return self.part.dtype == self.dtype and self.part.is_contiguous()
+
+
+def read_tensors(
+    places: Iterable[tuple[StoredTensor, torch.Tensor]],
+    device: torch.device,
+    on_read: Callable[[int], None],
+) -> None:
+    """Fill each tensor, on `device`, from the stored one of its shape; types of DTYPES only.
+
+    on_read: called in this thread with the number of bytes just read. Raises WeightsError where a
+    file ends early or cannot be read, and what torch raises where memory is short; then some
+    tensors are filled and others not. No thread and no buffer is left either way, and every copy
+    has been made.
+    """
+    pieces = deque(_pieces(places))
+    if not pieces:
+        return
+    reader: Callable[[], _Reader]
+    buffer_bytes = max(piece.nbytes for piece in pieces)
+    converts = not all(piece.as_stored for piece in pieces)
+    if device.type == "cuda":
+        uploads = _stream_after_current(device)
+        reader, count = (lambda: _PinnedReader(buffer_bytes, uploads)), READERS
+    else:
+        # torch converts with all cores already.
+        reader, count = (lambda: _HostReader(buffer_bytes)), 1 if converts else READERS
+    try:
+        _run(pieces, reader, min(count, len(pieces)), on_read)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # those of the readers hold buffers
+        raise
+    finally:
+        if device.type == "cuda":
+            uploads.synchronize()
+            # What torch's allocators keep for another time: the buffers, and where it converted.
+            torch._C._host_emptyCache()
+            if converts:
+                torch.cuda.empty_cache()
+
+
+def _pieces(places: Iterable[tuple[StoredTensor, torch.Tensor]]) -> Iterator[_Piece]:
+    """The reads to do, in the order of the files' bytes."""
+    for stored, tensor in sorted(places, key=lambda place: (place[0].file.name, place[0].offset)):
+        if stored.nbytes == 0:
+            continue
+        rows = tensor.view(-1) if tensor.is_contiguous() else tensor
+        row_bytes = stored.nbytes // len(rows)
+        step = max(1, PIECE_BYTES // row_bytes)
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            offset = stored.offset + start * row_bytes
+            yield _Piece(stored.file, offset, len(part) * row_bytes, DTYPES[stored.dtype], part)
+
+
+def _run(
+    pieces: deque[_Piece],
+    reader: Callable[[], _Reader],
+    count: int,
+    on_read: Callable[[int], None],
+) -> None:
+    """Read all pieces with `count` threads; the first thing that goes wrong stops them all."""
+    read: SimpleQueue[int] = SimpleQueue()
+    futures: list[Future[None]] = []
+    with ThreadPoolExecutor(count, thread_name_prefix="llava-load") as threads:
+        try:
+            for _ in range(count):
+                futures.append(threads.submit(_read_pieces, pieces, reader, read))
+            running = count
+            while running:
+                nbytes = read.get()
+                if nbytes:
+                    on_read(nbytes)
+                else:
+                    running -= 1
+        finally:
+            pieces.clear()
+    while futures:
+        futures.pop().result()  # popped, so that no error's traceback leads back to the error
+
+
+def _read_pieces(
+    pieces: deque[_Piece], make_reader: Callable[[], _Reader], read: SimpleQueue[int]
+) -> None:
+    """A thread: take pieces until there are none; puts each one's bytes in `read`, and 0 last."""
+    try:
+        reader = make_reader()
+        with torch.inference_mode():  # the tensors may have been made in it
+            while True:
+                try:
+                    piece = pieces.popleft()
+                except IndexError:
+                    return
+                reader.read(piece)
+                read.put(piece.nbytes)
+    finally:
+        pieces.clear()
+        read.put(0)
+
+
+class _Reader(Protocol):
+    """What a thread reads pieces with."""
+
+    def read(self, piece: _Piece) -> None: ...
+
+
+class _HostReader:
+    """Reads into tensors of the CPU; what must be converted goes through a buffer."""
+
+    def __init__(self, buffer_bytes: int) -> None:
+        self._buffer = torch.empty(buffer_bytes, dtype=torch.uint8)  # costs nothing until written
+
+    def read(self, piece: _Piece) -> None:
+        if piece.as_stored:
+            _read_bytes(piece, piece.part.view(-1).view(torch.uint8))
+        else:
+            raw = self._buffer[: piece.nbytes]
+            _read_bytes(piece, raw)
+            piece.part.copy_(raw.view(piece.dtype).view(piece.part.shape))
+
+
+class _PinnedReader:
+    """Reads into one pinned buffer while the other is copied to the GPU on `stream`."""
+
+    def __init__(self, buffer_bytes: int, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._buffers = deque(_pinned(buffer_bytes) for _ in range(2))
+
+    def read(self, piece: _Piece) -> None:
+        buffer, copied = self._buffers[0]
+        self._buffers.rotate()
+        copied.synchronize()
+        raw = buffer[: piece.nbytes]
+        _read_bytes(piece, raw)
+        part = piece.part
+        with torch.cuda.stream(self._stream):
+            source = raw.view(piece.dtype).view(part.shape)
+            if not piece.as_stored:
+                source = source.to(part.device, non_blocking=True)
+            part.copy_(source, non_blocking=True)
+            copied.record(self._stream)
+
+
+def _pinned(nbytes: int) -> tuple[torch.Tensor, torch.cuda.Event]:
+    """A buffer, and the event of its last copy, which is waited for without a busy core."""
+    buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return buffer, torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+
+
+def _read_bytes(piece: _Piece, raw: torch.Tensor) -> None:
+    piece.file.read(raw.numpy().data, piece.offset)
+
+
+def _stream_after_current(device: torch.device) -> torch.cuda.Stream:
+    """A stream to fill tensors on, behind what the current one may still do with their memory."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
