@@ -21,8 +21,8 @@ constexpr int kDepth = 32;           // inputs that a warp takes at once: two mm
 constexpr int kConsumers = 4;        // warps that multiply, each every fourth 32 inputs
 constexpr int kConsumerThreads = kConsumers * kWarp;
 constexpr int kThreads = kConsumerThreads + kWarp;  // and one that keeps the ring full
-constexpr int kLoads = 4;  // 16-byte loads of x that a thread has in flight
-constexpr int kBatch = 4;  // 16-byte loads of weights, and of x, before they are multiplied
+[[maybe_unused]] constexpr int kLoads = 4;  // 16-byte loads of x that a thread has in flight
+[[maybe_unused]] constexpr int kBatch = 4;  // 16-byte loads of weights, and of x, before they are multiplied
 constexpr int kPad = 64;   // bytes between rows in shared memory: two rows, 64 bytes of each, at once
 
 template <typename T>
@@ -36,7 +36,7 @@ struct Product {
   int piece, slots;  // the ring: slots of `piece` inputs of a unit's rows
 };
 
-__device__ inline void consumers_sync() {
+[[maybe_unused]] __device__ inline void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory");
 }
 
@@ -197,12 +197,12 @@ __device__ void load_rows(const Product<T>& product, int stride, T* rows) {
 template <typename T, typename Epilogue>
 __global__ __launch_bounds__(kThreads, 4) void product_kernel(Product<T> product,
                                                               Epilogue epilogue) {
+#if __CUDA_ARCH__ >= 900
   launch_dependents();
   extern __shared__ __align__(128) char shared[];
   const Layout<T> layout(product.tokens, product.inputs, product.piece, product.slots);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   T* x = reinterpret_cast<T*>(shared);
-#if __CUDA_ARCH__ >= 900
   T* ring = reinterpret_cast<T*>(shared + layout.ring);
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + layout.barriers);
   uint64_t* empty = full + product.slots;
@@ -218,9 +218,6 @@ __global__ __launch_bounds__(kThreads, 4) void product_kernel(Product<T> product
     fill_ring(product, epilogue, layout, ring, full, empty);
     return;
   }
-#else  // the bulk copies came with Hopper: before it, weights are read where they are
-  if (warp == kConsumers) return;
-#endif
   load_rows(product, layout.x_stride, x);
 
   // Lane 4 * g + t has inputs 8 * t of token g and of row g. An mma pairs inputs by their place in a
@@ -230,7 +227,7 @@ __global__ __launch_bounds__(kThreads, 4) void product_kernel(Product<T> product
   const T* x_row = x + g * layout.x_stride + t * kVector;
   float2* sums = reinterpret_cast<float2*>(shared + layout.sums);
   const int units = ceil_div(product.pairs, kPairs);
-  [[maybe_unused]] Cursor at;
+  Cursor at;
   int turn = 0;  // the warps take turns in finishing units
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x, ++turn) {
     const int pair = unit * kPairs + t;
@@ -240,12 +237,8 @@ __global__ __launch_bounds__(kThreads, 4) void product_kernel(Product<T> product
     float c[2][4] = {};
     for (int start = 0; start < product.inputs; start += product.piece) {
       const int count = min(product.piece, product.inputs - start);
-#if __CUDA_ARCH__ >= 900
       barrier_wait(full + at.slot, at.phase);
       const T* w_row = ring + at.slot * layout.slot_stride + g * layout.row_stride;
-#else
-      const T* w_row = weight_row(product, epilogue, unit, g) + start;
-#endif
       for (int base = warp * kDepth; base < count; base += kBatch * kConsumers * kDepth) {
         uint4 w[kBatch], v[kBatch];
 #pragma unroll
@@ -261,11 +254,9 @@ __global__ __launch_bounds__(kThreads, 4) void product_kernel(Product<T> product
           multiply<T>(c[1], v[i].z, v[i].w, w[i].z, w[i].w);
         }
       }
-#if __CUDA_ARCH__ >= 900
       __syncwarp();
       if (lane == 0) barrier_arrive(empty + at.slot);
       at.advance(product.slots);
-#endif
     }
     // Two units have their places in turn: who is here twice knows that the finisher of the unit
     // before last has gone on.
@@ -282,6 +273,7 @@ __global__ __launch_bounds__(kThreads, 4) void product_kernel(Product<T> product
       epilogue.finish(pair, g, early, sum.x, sum.y);
     }
   }
+#endif
 }
 
 // The ring: all of an SM that x leaves. A ring of half the size, so that the next kernel's block fills
@@ -298,11 +290,10 @@ void plan_ring(Product<T>& product) {
                   " tokens");
 }
 
-int multiprocessors(const Tensor& tensor) {
-  int count = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount,
-                                        tensor.get_device_index()));
-  return count;
+int attribute(const Tensor& tensor, cudaDeviceAttr which) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, tensor.get_device_index()));
+  return value;
 }
 
 template <typename T, typename Epilogue>
@@ -313,7 +304,8 @@ void launch(const Tensor& x, Product<T> product, const Epilogue& epilogue) {
   const auto kernel = product_kernel<T, Epilogue>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       layout.bytes));
-  const int blocks = std::min(multiprocessors(x), ceil_div(product.pairs, kPairs));
+  const int blocks = std::min(attribute(x, cudaDevAttrMultiProcessorCount),
+                              ceil_div(product.pairs, kPairs));
   launch_chained(kernel, blocks, kThreads, layout.bytes, to.stream(), product, epilogue);
 }
 
@@ -335,6 +327,8 @@ void run(const Tensor& x, const Tensor* norm_weight, double eps, const Tensor& w
     check_column(*norm_weight, type, inputs, "norm_weight");
     STD_TORCH_CHECK(aligned(*norm_weight), "norm_weight must be aligned to 16 bytes");
   }
+  STD_TORCH_CHECK(attribute(x, cudaDevAttrComputeCapabilityMajor) >= 9,
+                  "products of a few rows need a Hopper GPU or a later one");
   if (tokens == 0 || pairs == 0) return;
   const auto by_type_of_x = [&](auto zero) {
     using T = decltype(zero);

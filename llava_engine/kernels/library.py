@@ -55,7 +55,7 @@ def programmatic_launch(on: bool) -> Iterator[None]:
 
     It holds for the calling thread (CUDA's programmatic dependent launch, on GPUs from Hopper on).
     """
-    if not on or not torch.cuda.is_available():
+    if not on or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         yield
         return
     library = c_library()

@@ -35,14 +35,15 @@ class Decoder:
         self._model = model
         self._cache = cache
         self._streams = streams
-        self._state = DecodeState(
-            max_batch=config.max_batch,
-            max_model_len=max_model_len,
-            block_size=cache.block_size,
-            vocab_size=model.config.text.vocab_size,
-            image_token_id=model.config.image_token_id,
-            device=model.device,
-        )
+        with streams.decoding():  # what initialises it must not run behind the first steps
+            self._state = DecodeState(
+                max_batch=config.max_batch,
+                max_model_len=max_model_len,
+                block_size=cache.block_size,
+                vocab_size=model.config.text.vocab_size,
+                image_token_id=model.config.image_token_id,
+                device=model.device,
+            )
         self._rows: list[Sequence] = []
         self._next_step = 0
         self._graphs: StepGraphs | None = None

@@ -51,9 +51,10 @@ class CapturedGraphs:
                 finally:
                     # The stream must leave capture mode, whatever happened.
                     error = self._library.llava_engine_capture_end(stream, ctypes.byref(graph))
+                    if graph.value is not None:
+                        self._graphs.append(graph.value)
         self._check(error)
         assert graph.value is not None
-        self._graphs.append(graph.value)
         return graph.value
 
     def launch(self, graph: int) -> None:

@@ -207,26 +207,42 @@ class DeviceRuntime:
     def _set_shares(self, shares: dict[str, int]) -> None:
         total = sum(shares.values())
         self._scheduler.make_room(total)
-        before = self._blocks.num_blocks
+        before, resized = self._blocks.num_blocks, False
         moves = self._blocks.resize(total)
         for sequence in self._scheduler.running:
             sequence.block_table = [moves.get(block, block) for block in sequence.block_table]
         self._decoder.forget()  # captured steps have the old tensors' addresses
         try:
             self._cache.resize(total, moves)
+            resized = True
             if total > before:
                 self._decoder.prepare(1)
         except LOST:
             raise
         except RuntimeError as error:  # torch's OutOfMemoryError, and what its CPU allocator raises
-            self._blocks.resize(before)
-            self._cache.resize(before, {})
-            raise MemoryExhausted(
-                f"No room on {self.device} for {total - before} more KV blocks."
-            ) from error
+            self._restart_cache(min(total, before))
+            if resized and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            if total > before:
+                raise MemoryExhausted(
+                    f"No room on {self.device} for {total - before} more KV blocks."
+                ) from error
         self._shares = shares
         # What was replaced is of no use to the allocator: the new tensors have other sizes.
         self._release_cached_memory()
+
+    def _restart_cache(self, num_blocks: int) -> None:
+        """Give up what the KV cache holds; running sequences are computed again.
+
+        After a resize that failed some layers have the new size and some the old one, and blocks
+        have moved in some alone.
+        """
+        self._scheduler.make_room(0)
+        self._blocks.clear()
+        self._blocks.resize(num_blocks)
+        self._cache.resize(0, {})
+        self._release_cached_memory()
+        self._cache.resize(num_blocks, {})
 
     def _release_cached_memory(self) -> None:
         """Give what torch's allocator keeps for reuse back to the device."""

@@ -20,6 +20,7 @@ from llava_engine import FinishReason, SamplingParams
 from llava_engine.errors import MemoryExhausted, RequestFailed, WorkerDied
 from llava_engine.network.attention import DensePrefill, PrefillAttention
 from llava_engine.network.llava import LlavaModel
+from llava_engine.runtime.kv_cache import KVCache
 from llava_engine.runtime.runtime import DeviceRuntime
 from llava_engine.runtime.sequence import Picture
 
@@ -163,6 +164,40 @@ def test_a_share_that_comes_or_goes_changes_no_token(world: World, runtime: Devi
     runtime.add_worker("three", 20 * runtime.kv_block_bytes)
     runtime.remove_worker("one")
     assert runtime.num_blocks == 20
+    for request, sink in zip(asked, sinks, strict=True):
+        want = world.expected(request.picture, request.question, request.count)
+        assert sink.wait() == want
+    settled(runtime)
+
+
+@pytest.mark.parametrize("grows", [False, True], ids=["shrink", "grow"])
+def test_a_resize_that_fails_half_way_changes_no_token(
+    world: World, runtime: DeviceRuntime, monkeypatch: pytest.MonkeyPatch, grows: bool
+) -> None:
+    runtime.add_worker("two", 20 * runtime.kv_block_bytes)
+    asked = [Request(i % 6, [40 + i], 40) for i in range(8)]
+    sinks = [Sink() for _ in asked]
+    for request, sink in zip(asked, sinks, strict=True):
+        runtime.submit(world.sequence(request.picture, request.question, request.count, sink))
+    resize = KVCache.resize
+
+    def half_way(self: KVCache, num_blocks: int, moves: dict[int, int]) -> None:
+        monkeypatch.undo()
+        values, self.values = self.values, []
+        resize(self, num_blocks, moves)  # the keys, and the blocks that move among them
+        self.values = values
+        raise torch.OutOfMemoryError("no")
+
+    while not sinks[0].tokens:
+        time.sleep(0.001)
+    monkeypatch.setattr(KVCache, "resize", half_way)
+    if grows:
+        with pytest.raises(MemoryExhausted):
+            runtime.add_worker("three", 20 * runtime.kv_block_bytes)
+        assert runtime.num_blocks == 420
+    else:
+        runtime.remove_worker("one")
+        assert runtime.num_blocks == 20
     for request, sink in zip(asked, sinks, strict=True):
         want = world.expected(request.picture, request.question, request.count)
         assert sink.wait() == want
