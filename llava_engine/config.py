@@ -37,6 +37,8 @@ class EngineConfig:
     prefill_chunk: tokens that one step may prefill, so that a long prompt cannot stall others.
     max_model_len: context limit in tokens; None takes the model's.
     image_cache_mb: encoded pictures kept for reuse, in MiB.
+    pixel_cache_mb: host memory for the prepared pixels of recent pictures, in MiB, so that the same
+        file, in whatever request, is decoded once; 0 keeps none.
     max_image_bytes, max_image_pixels: limits of one encoded picture.
     fetch_timeout: seconds for one URL, redirects included.
     allow_hosts: host names or addresses that `describe_url` may reach although they are private.
@@ -53,6 +55,7 @@ class EngineConfig:
     prefill_chunk: int = 1024
     max_model_len: int | None = None
     image_cache_mb: int = 256
+    pixel_cache_mb: int = 128
     max_image_bytes: int = 32 << 20
     max_image_pixels: int = 64 << 20
     fetch_timeout: float = 10.0
@@ -76,8 +79,9 @@ class EngineConfig:
             "max_image_pixels",
             "fetch_timeout",
         )
-        if self.image_cache_mb < 0:
-            raise ValueError(f"image_cache_mb must not be negative, not {self.image_cache_mb}")
+        for name in ("image_cache_mb", "pixel_cache_mb"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
 
     @classmethod
     def from_env(cls) -> EngineConfig:

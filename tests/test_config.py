@@ -47,6 +47,7 @@ def test_a_variable_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch
         (EngineConfig, "block_size", "64", TypeError),
         (EngineConfig, "kv_cache_mb", -1, ValueError),
         (EngineConfig, "image_cache_mb", -1, ValueError),
+        (EngineConfig, "pixel_cache_mb", -1, ValueError),
         (EngineConfig, "max_batch", True, TypeError),
         (EngineConfig, "allow_hosts", "localhost", TypeError),
         (PoolConfig, "memory_fraction", 1.5, ValueError),

@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,17 @@ _PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
 _BAND_PIXELS = 1 << 20  # converted at a time, so that no second copy of a picture is held
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _WIDE_GREY_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedImage:
+    """A picture's file as it was given, nothing of it judged yet but its length.
+
+    content: 16-byte digest of data.
+    """
+
+    data: bytes
+    content: bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,8 +107,26 @@ def check_image(source: object) -> None:
         )
 
 
+def pixel_limit(max_pixels: int) -> int:
+    """Width x height that is allowed now: Pillow's MAX_IMAGE_PIXELS counts where it is lower."""
+    return min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
+
+
+def read_image(source: Any, *, max_bytes: int) -> EncodedImage | None:
+    """The file of a picture that `check_image` accepts; None for a PIL image or an array.
+
+    max_bytes: as in `load_image`. Raises ImageTooLarge or ImageDecodeError.
+    """
+    if isinstance(source, (np.ndarray, Image.Image)):
+        return None
+    with _as_image_errors():
+        data = _read(source, max_bytes)
+        # SHA-256 because processors have instructions for it: 0.40 ms for 724 kB, BLAKE2b 1.0 ms.
+        return EncodedImage(data, hashlib.sha256(data).digest()[:16])
+
+
 def load_image(source: Any, *, max_bytes: int, max_pixels: int) -> LoadedImage:
-    """Decode a picture that `check_image` accepts.
+    """Decode a picture that `check_image` accepts, or one that `read_image` has read.
 
     max_bytes: of the encoded file. max_pixels: width x height, judged from the header; Pillow's
     MAX_IMAGE_PIXELS counts too where it is lower, and is never changed.
@@ -104,13 +134,22 @@ def load_image(source: Any, *, max_bytes: int, max_pixels: int) -> LoadedImage:
     twice the encoded bytes.
     Raises ImageTooLarge or ImageDecodeError.
     """
-    limit = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
-    try:
+    limit = pixel_limit(max_pixels)
+    if not isinstance(source, EncodedImage):
+        source = read_image(source, max_bytes=max_bytes) or source
+    with _as_image_errors():
+        if isinstance(source, EncodedImage):
+            return _from_encoded(source, limit)
         if isinstance(source, np.ndarray):
             return _from_array(source, limit)
-        if isinstance(source, Image.Image):
-            return _from_pil(source, limit)
-        return _from_encoded(_read(source, max_bytes), limit)
+        return _from_pil(source, limit)
+
+
+@contextmanager
+def _as_image_errors() -> Iterator[None]:
+    """Raise an ImageError for whatever goes wrong."""
+    try:
+        yield
     except ImageError:
         raise
     except (MemoryError, Image.DecompressionBombError) as error:
@@ -168,15 +207,14 @@ def _check_pixels(width: int, height: int, limit: int) -> None:
         raise ImageTooLarge(f"the picture has {width} x {height} pixels; allowed are {limit}")
 
 
-def _from_encoded(content: bytes, limit: int) -> LoadedImage:
-    digest = hashlib.blake2b(content, digest_size=16, person=b"encoded")
-    header = read_header(content)
+def _from_encoded(encoded: EncodedImage, limit: int) -> LoadedImage:
+    header = read_header(encoded.data)
     _check_pixels(header.width, header.height, limit)
     if header.tile_pixels > limit:
         raise ImageTooLarge(f"the picture's tiles have {header.tile_pixels} pixels")
     with _decode(header, limit) as image:
         pixels = _to_rgb(image, header.orientation, None)
-    return LoadedImage(pixels, digest.digest(), header.frames)
+    return LoadedImage(pixels, encoded.content, header.frames)
 
 
 def _decode(header: Header, limit: int) -> ImageFile.ImageFile:

@@ -22,8 +22,8 @@ from llava_engine.errors import (
 )
 from llava_engine.hub import resolve
 from llava_engine.image.fetch import Fetcher
-from llava_engine.image.load import load_image
-from llava_engine.image.preprocess import ImageProcessorConfig, picture_key, preprocess
+from llava_engine.image.picture_cache import PictureCache
+from llava_engine.image.preprocess import ImageProcessorConfig
 from llava_engine.kernels.library import require_kernels
 from llava_engine.network.attention import require_attention
 from llava_engine.network.weights import load_model
@@ -79,6 +79,12 @@ class ModelBackend:
             timeout=config.fetch_timeout,
             allow_hosts=config.allow_hosts,
         )
+        self._pictures = PictureCache(
+            self._processor,
+            max_bytes=config.max_image_bytes,
+            max_pixels=config.max_image_pixels,
+            capacity=config.pixel_cache_mb << 20,
+        )
         self._runtime = DeviceRuntime(model, device=self._device, config=config)
 
     def add_worker(self, name: str) -> None:
@@ -104,8 +110,13 @@ class ModelBackend:
         self._runtime.remove_worker(name)
 
     def memory_mb(self) -> int:
-        """What torch's allocator holds since before the load, at least the runtime's own count."""
+        """What torch's allocator holds since before the load, at least the runtime's own count.
+
+        On the CPU the kept pixels count too; beside a GPU, `estimate_need` has room for them all.
+        """
         held = max(self._runtime.memory_bytes(), self._reserved() - self._baseline)
+        if self._device.type == "cpu":
+            held += self._pictures.nbytes
         return -(-held // (1 << 20))
 
     def on_death(self, callback: Callable[[BaseException], None]) -> None:
@@ -123,6 +134,7 @@ class ModelBackend:
     def close(self) -> None:
         """See Backend."""
         self._fetcher.close()
+        self._pictures.close()
         self._runtime.close()
 
     def fetch(self, request: Request) -> bytes:
@@ -133,15 +145,10 @@ class ModelBackend:
 
     def start(self, request: Request, worker: str) -> None:
         """See Backend."""
-        channel, config = request.channel, self._config
-        limit = self._runtime.max_model_len
-        check_length(request.query, limit)
-        image = load_image(
-            request.image, max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels
-        )
+        channel = request.channel
+        check_length(request.query, self._runtime.max_model_len)
+        picture = self._pictures.prepare(request.image)
         request.image = None
-        pixels = preprocess(image, self._processor)
-        key = picture_key(image, self._processor)
         channel.stamp("image")
         prompt = build_prompt(
             self._tokenizer,
@@ -149,7 +156,7 @@ class ModelBackend:
             request.query,
             self._model_config.image_token_id,
             self._model_config.image_tokens,
-            key,
+            picture.key,
         )
         channel.bind(Detokenizer(self._tokenizer), len(prompt.token_ids), prompt.image_length)
         channel.on_abort(self._runtime.wake)
@@ -157,7 +164,7 @@ class ModelBackend:
         self._runtime.submit(
             Sequence(
                 prompt.token_ids,
-                (Picture(key, prompt.image_offset, prompt.image_length, pixels),),
+                (Picture(picture.key, prompt.image_offset, prompt.image_length, picture.pixels),),
                 sampling,
                 sampling.max_new_tokens or self._info.max_output_tokens,
                 self._tokenizer.eos_token_ids,

@@ -131,7 +131,8 @@ def _room(device: DeviceMemory, held: Mapping[str, Held], fraction: float) -> in
 def estimate_need(info: ModelInfo, config: EngineConfig, device: str) -> Need:
     """What a model's workers take on `device` under `config`.
 
-    The record's estimates are for 16 bits; 32 bits, the CPU's default, take twice that.
+    The record's estimates are for 16 bits; 32 bits, the CPU's default, take twice that. The pixels
+    that are kept come on top, once, in the host's memory.
     """
     scale = _scale(config, device)
     share = info.est_worker_share_mb
@@ -139,7 +140,9 @@ def estimate_need(info: ModelInfo, config: EngineConfig, device: str) -> Need:
     more = 0 if config.kv_cache_mb is None else config.kv_cache_mb - estimated
     first = max(1, scale * info.est_memory_allocation_mb + more)
     following = first if share is None else max(1, scale * share + more)
-    return Need(first, following, 0 if device == HOST else info.est_host_memory_mb)
+    if device == HOST:
+        return Need(first + config.pixel_cache_mb, following, 0)
+    return Need(first, following, info.est_host_memory_mb + config.pixel_cache_mb)
 
 
 def kv_share_mb(info: ModelInfo, config: EngineConfig, device: str) -> int:

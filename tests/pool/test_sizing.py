@@ -269,14 +269,21 @@ def test_the_host_has_what_psutil_says_or_the_cgroup_allows(
 
 
 def test_estimates_follow_the_dtype_and_the_kv_share() -> None:
-    info = lookup("llava-1.5-7b")
-    assert estimate_need(info, EngineConfig(), "cuda:0") == Need(20_480, 6_144, 3_072)
-    assert estimate_need(info, EngineConfig(), "cpu") == Need(40_960, 12_288, 0)
-    assert estimate_need(info, EngineConfig(dtype="bfloat16"), "cpu") == Need(20_480, 6_144, 0)
-    given = EngineConfig(kv_cache_mb=1000)
+    info, plain = lookup("llava-1.5-7b"), EngineConfig(pixel_cache_mb=0)
+    assert estimate_need(info, plain, "cuda:0") == Need(20_480, 6_144, 3_072)
+    assert estimate_need(info, plain, "cpu") == Need(40_960, 12_288, 0)
+    narrow = EngineConfig(dtype="bfloat16", pixel_cache_mb=0)
+    assert estimate_need(info, narrow, "cpu") == Need(20_480, 6_144, 0)
+    given = EngineConfig(kv_cache_mb=1000, pixel_cache_mb=0)
     assert kv_share_mb(info, given, "cuda:0") == 1000
-    kv = kv_share_mb(info, EngineConfig(), "cuda:0")
+    kv = kv_share_mb(info, plain, "cuda:0")
     assert estimate_need(info, given, "cuda:0") == Need(20_480 - kv + 1000, 6_144 - kv + 1000, 3072)
+
+
+def test_kept_pixels_are_the_hosts_wherever_the_model_is() -> None:
+    info, config = lookup("llava-1.5-7b"), EngineConfig(pixel_cache_mb=500)
+    assert estimate_need(info, config, "cuda:0") == Need(20_480, 6_144, 3_072 + 500)
+    assert estimate_need(info, config, "cpu") == Need(40_960 + 500, 12_288, 0)
 
 
 def test_the_ledger_counts_by_device_and_forgets_on_release() -> None:

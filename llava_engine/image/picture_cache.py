@@ -1,0 +1,102 @@
+"""Pictures ready for a vision tower, kept so that the same file is decoded once.
+
+A file's bytes are hashed before anything is decoded. Knows files and pixels; what is made of the
+pixels, and what of that is kept, is the runtime's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llava_engine.image.load import load_image, pixel_limit, read_image
+from llava_engine.image.preprocess import ImageProcessorConfig, picture_key, preprocess
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedPicture:
+    """A picture as one image processor prepares it.
+
+    key: of `preprocess.picture_key`. pixels: of `preprocess.preprocess`, read-only: requests share
+    them.
+    """
+
+    key: bytes
+    pixels: npt.NDArray[np.float32]
+
+
+class PictureCache:
+    """Prepares pictures with one image processor, and keeps those that came as files.
+
+    max_bytes, max_pixels: as `load.load_image` takes them; they hold for kept pictures, too.
+    capacity: bytes of pixels that are kept, those of the most recently used files.
+
+    Any number of threads may use it. Two that bring the same new file at once both decode it.
+    """
+
+    def __init__(
+        self, processor: ImageProcessorConfig, *, max_bytes: int, max_pixels: int, capacity: int
+    ) -> None:
+        self._processor = processor
+        self._max_bytes = max_bytes
+        self._max_pixels = max_pixels
+        self._capacity = capacity
+        self._lock = threading.Lock()  # guards the two below, and lowering the capacity
+        self._recent: OrderedDict[tuple[bytes, int], PreparedPicture] = OrderedDict()
+        self._bytes = 0
+
+    def prepare(self, source: Any) -> PreparedPicture:
+        """Read, decode and preprocess a picture that `load.check_image` accepts, or find it.
+
+        Raises ImageTooLarge or ImageDecodeError; such a picture is judged anew each time.
+        """
+        encoded = read_image(source, max_bytes=self._max_bytes)
+        if encoded is None:
+            return self._prepare(source)
+        # A picture that passed under another limit of Pillow's has not passed under this one.
+        file = encoded.content, pixel_limit(self._max_pixels)
+        known = self._find(file)
+        if known is None:
+            known = self._prepare(encoded)
+            self._keep(file, known)
+        return known
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pixels kept now, never above the capacity."""
+        with self._lock:
+            return self._bytes
+
+    def close(self) -> None:
+        """Keep nothing, now and from now on."""
+        with self._lock:
+            self._capacity = self._bytes = 0
+            self._recent.clear()
+
+    def _prepare(self, source: Any) -> PreparedPicture:
+        image = load_image(source, max_bytes=self._max_bytes, max_pixels=self._max_pixels)
+        pixels = preprocess(image, self._processor)
+        pixels.flags.writeable = False
+        return PreparedPicture(picture_key(image, self._processor), pixels)
+
+    def _find(self, file: tuple[bytes, int]) -> PreparedPicture | None:
+        with self._lock:
+            if file in self._recent:
+                self._recent.move_to_end(file)
+            return self._recent.get(file)
+
+    def _keep(self, file: tuple[bytes, int], picture: PreparedPicture) -> None:
+        size = picture.pixels.nbytes
+        with self._lock:
+            if size > self._capacity or file in self._recent:
+                return
+            self._recent[file] = picture
+            self._bytes += size
+            while self._bytes > self._capacity:
+                _, dropped = self._recent.popitem(last=False)
+                self._bytes -= dropped.pixels.nbytes
