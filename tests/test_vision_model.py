@@ -62,8 +62,9 @@ def test_a_directory(kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model = llava_engine.get(kind("mine"))
     assert model.registry_key == str(tmp_path / "mine")
     assert model.info.prompt_template == "USER: <image>\n{query} ASSISTANT:"
-    assert model._spec.need("cuda:0") == Need(40 + 128, 128, 1024)
-    assert model._spec.need("cpu") == Need(2 * (40 + 128), 2 * 128, 0)
+    pixels = EngineConfig().pixel_cache_mb
+    assert model._spec.need("cuda:0") == Need(40 + 128, 128, 1024 + pixels)
+    assert model._spec.need("cpu") == Need(2 * (40 + 128) + pixels, 2 * 128, 0)
 
 
 def test_a_registered_name_comes_before_a_directory(
