@@ -4,10 +4,10 @@
 // cores, where the few rows of x fill half a tile. What precedes and follows a product in the
 // decoder, norm and rotation and cache, SiLU or residual, is folded in.
 #include <algorithm>
-#include <type_traits>
 
 #include "common.cuh"
 #include "linear_epilogues.cuh"
+#include "mma.cuh"
 #include "ops.h"
 #include "ring.cuh"
 
@@ -38,25 +38,6 @@ struct Product {
 
 [[maybe_unused]] __device__ inline void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory");
-}
-
-// sums += x tile [16 tokens, of which 8 are there] @ weight tile [8 rows].T over 16 inputs.
-template <typename T>
-__device__ inline void multiply(float (&sums)[4], uint32_t x0, uint32_t x1, uint32_t w0,
-                                uint32_t w1) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(x0), "r"(0), "r"(x1), "r"(w0), "r"(w1));
-  } else {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, "
-        "{%7,%8}, {%0,%1,%2,%3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(x0), "r"(0), "r"(x1), "r"(w0), "r"(w1));
-  }
 }
 
 // What is in shared memory: x [tokens] and the ring [slots, kRows], rows padded; what the warps have
@@ -250,8 +231,8 @@ __global__ __launch_bounds__(kThreads, 4) void product_kernel(Product<T> product
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          multiply<T>(c[0], v[i].x, v[i].y, w[i].x, w[i].y);
-          multiply<T>(c[1], v[i].z, v[i].w, w[i].z, w[i].w);
+          multiply_upper<T>(c[0], v[i].x, v[i].y, w[i].x, w[i].y);
+          multiply_upper<T>(c[1], v[i].z, v[i].w, w[i].z, w[i].w);
         }
       }
       __syncwarp();
