@@ -99,9 +99,13 @@ __device__ void fill_ring(const AttentionArguments& a, Shared<T, kLanes, G>& sha
         const auto words = Loaded<T>::from((is_v ? v_cache : k_cache) + offset + d);
         words.to_shared((is_v ? shared.values : shared.keys)[at.slot] + place + d);
       }
-      __syncwarp();
     }
-    if (lane == 0) barrier_arrive(full);
+    // Every lane that has stored arrives for itself: `full` counts a warp.
+    if (slot_end == context) {
+      barrier_arrive(full);
+    } else if (lane == 0) {
+      barrier_arrive(full, kWarp);
+    }
     at.advance(kSlots);
     if (at.slot == 0) first_round = false;
   }
@@ -128,8 +132,8 @@ __global__ __launch_bounds__(kThreads, G == 1 ? 4 : 2) void ring_kernel(Attentio
   const int context = a.context_lens[sequence];
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < Memory::kSlots; ++slot) {
-      barrier_init(shared.full + slot, 1);
-      barrier_init(shared.empty + slot, kConsumers);
+      barrier_init(shared.full + slot, kWarp);
+      barrier_init(shared.empty + slot, kConsumers * kWarp);
     }
     barrier_init(&shared.merge, 1);
     barriers_ready();
@@ -226,8 +230,8 @@ __global__ __launch_bounds__(kThreads, G == 1 ? 4 : 2) void ring_kernel(Attentio
           for (int j = 0; j < kVector; ++j) run.sum[j] += weight * v[u][j];
         }
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(shared.empty + at.slot);
+      // Only a slot that is filled again is waited for.
+      if (base + Memory::kSlots * Memory::kSlotKeys < end) barrier_arrive(shared.empty + at.slot);
       at.advance(Memory::kSlots);
     }
 
