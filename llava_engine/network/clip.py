@@ -1,4 +1,4 @@
-"""The CLIP vision tower: pixels in, hidden states of the feature layers out.
+"""The CLIP vision tower: rows of patches in, hidden states of the feature layers out.
 
 Layers behind the last feature layer are never built (Radford et al. 2021; numerics as in
 transformers' CLIPVisionModel).
@@ -17,6 +17,25 @@ from llava_engine.network.layers import ACTIVATIONS, LayerNorm, Linear, Placemen
 PREFIX = "vision_tower.vision_model"
 
 
+def patch_width(patch_size: int) -> int:
+    """The length of a patch's row: its values, rounded up so that every row is 16 bytes aligned."""
+    return -(-3 * patch_size * patch_size // 8) * 8
+
+
+def patch_rows(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Pixels [n, 3, side, side] to the rows that the tower takes, [n, patches, width].
+
+    Patches go from left to right, then down; a row's columns by channel, then y, then x, as in the
+    embedding's weight, and the last ones up to patch_width are 0. Pixels beyond the last whole
+    patch are left out.
+    """
+    n, across = len(pixels), pixels.shape[-1] // patch_size
+    side, values = across * patch_size, 3 * patch_size * patch_size
+    patches = pixels[..., :side, :side].reshape(n, 3, across, patch_size, across, patch_size)
+    rows = patches.permute(0, 2, 4, 1, 3, 5).reshape(n, across * across, values)
+    return F.pad(rows, (0, patch_width(patch_size) - values))
+
+
 class VisionTower:
     """feature_layers: which hidden states are wanted; 0 is the first layer's input."""
 
@@ -25,19 +44,20 @@ class VisionTower:
     ) -> None:
         hidden, patch = config.hidden_size, config.patch_size
         self._feature_layers = feature_layers
-        self._patch_size = patch
         self._class_embedding = place.empty(hidden)
-        self._patch_embedding = place.empty(hidden, 3, patch, patch)
+        values = 3 * patch * patch
+        self._patches = Linear(patch_width(patch), hidden, False, place)
+        self._patches.weight[:, values:].zero_()
+        self._patch_embedding = self._patches.weight[:, :values].view(hidden, 3, patch, patch)
         self._position_embedding = place.empty(config.num_patches + 1, hidden)
         self._pre_norm = LayerNorm(hidden, config.layer_norm_eps, place)
         self._layers = [_Layer(config, place) for _ in range(max(feature_layers))]
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels [n, 3, side, side] to [n, 1 + patches, hidden * feature layers]."""
-        patches = F.conv2d(pixels, self._patch_embedding, stride=self._patch_size)
-        patches = patches.flatten(2).transpose(1, 2)
-        first = self._class_embedding.expand(len(pixels), 1, -1)
-        x = self._pre_norm(torch.cat((first, patches), dim=1) + self._position_embedding)
+    def __call__(self, patches: torch.Tensor) -> torch.Tensor:
+        """Rows of patch_rows [n, patches, width] to [n, 1 + patches, hidden * feature layers]."""
+        first = self._class_embedding.expand(len(patches), 1, -1)
+        embedded = torch.cat((first, self._patches(patches)), dim=1)
+        x = self._pre_norm(embedded + self._position_embedding)
         states = [x]
         for layer in self._layers:
             x = layer(x)

@@ -48,10 +48,10 @@ class LlavaModel:
         """Bytes of the weights."""
         return sum(view.nbytes for _, view in self.slots())
 
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels [n, 3, side, side], in the model's dtype, to embedding rows
-        [n, image_tokens, hidden]."""
-        features = self._tower(pixels)
+    def encode_images(self, patches: torch.Tensor) -> torch.Tensor:
+        """Rows of network.clip.patch_rows [n, patches, width], in the model's dtype, to embedding
+        rows [n, image_tokens, hidden]."""
+        features = self._tower(patches)
         if self.config.drop_class_token:
             features = features[:, 1:]
         flat = features.reshape(-1, features.shape[-1])
@@ -63,7 +63,7 @@ class LlavaModel:
             project(rows, flat, first.weight, first.bias, second.weight, second.bias)
         else:
             rows = second(ACTIVATIONS[self.config.projector_hidden_act](first(flat)))
-        return rows.view(len(pixels), self.config.image_tokens, -1)
+        return rows.view(len(patches), self.config.image_tokens, -1)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Vocabulary ids int64 [T] to embedding rows [T, hidden]."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from llava_engine.network.clip import patch_rows
 from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime.graph import CapturedGraphs
 from llava_engine.runtime.streams import DeviceStreams
@@ -22,7 +23,7 @@ _MOST_CAPTURED = 4  # pictures; for more at once the GPU takes longer than the l
 class _Encoding:
     """A captured encoding: what it reads, what it writes, and the graph."""
 
-    pixels: torch.Tensor
+    patches: torch.Tensor
     rows: torch.Tensor
     graph: int
 
@@ -44,12 +45,13 @@ class PictureEncoder:
     def __call__(self, pixels: np.ndarray) -> torch.Tensor:
         """Pixels float32 [n, 3, side, side] to rows [n, image_tokens, hidden], the caller's own."""
         there = self._streams.upload(torch.from_numpy(pixels)).to(self._model.dtype)
-        if self._graphs is None or len(there) > _MOST_CAPTURED:
-            return self._model.encode_images(there)
-        encoding = self._encodings.get(len(there))
+        patches = patch_rows(there, self._model.config.vision.patch_size)
+        if self._graphs is None or len(patches) > _MOST_CAPTURED:
+            return self._model.encode_images(patches)
+        encoding = self._encodings.get(len(patches))
         if encoding is None:
-            encoding = self._encodings[len(there)] = self._capture(self._graphs, there)
-        encoding.pixels.copy_(there)
+            encoding = self._encodings[len(patches)] = self._capture(self._graphs, patches)
+        encoding.patches.copy_(patches)
         self._graphs.launch(encoding.graph)
         return encoding.rows.clone()
 
@@ -61,11 +63,11 @@ class PictureEncoder:
 
     def _capture(self, graphs: CapturedGraphs, like: torch.Tensor) -> _Encoding:
         config, model = self._model.config, self._model
-        pixels = torch.zeros_like(like)
+        patches = torch.zeros_like(like)
         rows = like.new_empty(len(like), config.image_tokens, config.text.hidden_size)
 
         def encode() -> None:
-            rows.copy_(model.encode_images(pixels))
+            rows.copy_(model.encode_images(patches))
 
         graph = graphs.capture(encode)
-        return _Encoding(pixels, rows, graph)
+        return _Encoding(patches, rows, graph)

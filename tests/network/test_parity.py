@@ -12,6 +12,7 @@ from support.checkpoints import make_checkpoint
 from support.paged import Prompt, greedy
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from llava_engine.network.clip import patch_rows
 from llava_engine.network.weights import load_model
 
 CPU = torch.device("cpu")
@@ -187,10 +188,11 @@ def test_image_features_equal_transformers(tmp_path: Path) -> None:
     pixels = torch.randn(5, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = torch.stack(list(oracle.get_image_features(pixels).pooler_output))
-        features = model.encode_images(pixels)
+        patches = patch_rows(pixels, model.config.vision.patch_size)
+        features = model.encode_images(patches)
         assert features.shape == (5, model.config.image_tokens, 48)
         torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
-        alone = torch.cat([model.encode_images(picture[None]) for picture in pixels])
+        alone = torch.cat([model.encode_images(picture[None]) for picture in patches])
         torch.testing.assert_close(features, alone, rtol=1e-5, atol=1e-5)
 
 

@@ -123,9 +123,9 @@ def test_a_picture_is_encoded_once_for_all_who_wait_for_it(
     encoded: list[int] = []
     original = type(world.ours).encode_images
 
-    def counting(self: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
-        encoded.append(pixels.shape[0])
-        return original(self, pixels)
+    def counting(self: LlavaModel, patches: torch.Tensor) -> torch.Tensor:
+        encoded.append(patches.shape[0])
+        return original(self, patches)
 
     monkeypatch.setattr(type(world.ours), "encode_images", counting)
     sinks = [Sink() for _ in range(12)]
@@ -252,10 +252,10 @@ def test_out_of_memory_in_a_request_is_its_own(
 ) -> None:
     original = type(world.ours).encode_images
 
-    def greedy(self: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
-        if (pixels[:, 0, 0, 0] == world.pictures[5][0, 0, 0]).any():
+    def greedy(self: LlavaModel, patches: torch.Tensor) -> torch.Tensor:
+        if (patches[:, 0, 0] == world.pictures[5][0, 0, 0]).any():
             raise torch.OutOfMemoryError("no")
-        return original(self, pixels)
+        return original(self, patches)
 
     monkeypatch.setattr(type(world.ours), "encode_images", greedy)
     hungry, modest = Sink(), Sink()
@@ -274,15 +274,15 @@ def test_what_a_failed_step_held_is_free_before_the_next_try(
     held: list[weakref.ref[torch.Tensor]] = []
     alive: list[bool] = []
 
-    def hungry(self: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
+    def hungry(self: LlavaModel, patches: torch.Tensor) -> torch.Tensor:
         entered.set()
         assert release.wait(30)
         alive.extend(ref() is not None for ref in held)
         activations = torch.zeros(1 << 20)
-        if pixels.shape[0] > 1:
+        if patches.shape[0] > 1:
             held.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("too many at once")
-        return original(self, pixels)
+        return original(self, patches)
 
     monkeypatch.setattr(type(world.ours), "encode_images", hungry)
     for wide in running(world, blocks=400, prefill_chunk=1000):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llava_engine.network.clip import patch_rows
 from llava_engine.network.llama import Batch
 from llava_engine.network.llava import LlavaModel
 
@@ -112,6 +113,7 @@ def _embed(model: LlavaModel, prompt: Prompt) -> torch.Tensor:
     ids = torch.tensor(prompt.token_ids, device=model.device)
     rows = model.embed(ids)
     if prompt.pixels is not None:
-        features = model.encode_images(prompt.pixels.to(model.device, model.dtype))
+        pixels = prompt.pixels.to(model.device, model.dtype)
+        features = model.encode_images(patch_rows(pixels, model.config.vision.patch_size))
         rows[ids == model.config.image_token_id] = features.flatten(0, 1)
     return rows
