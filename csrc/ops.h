@@ -15,6 +15,12 @@ using torch::stable::Tensor;
 void rms_norm(Tensor out, Tensor x, Tensor weight, double eps);
 void add_rms_norm(Tensor out, Tensor residual, Tensor x, Tensor weight, double eps);
 
+// fp8.cu
+void quantize_rows(Tensor out, Tensor scales, Tensor x);
+void rms_norm_fp8(Tensor out, Tensor scales, Tensor x, Tensor weight, double eps);
+void add_rms_norm_fp8(Tensor out, Tensor scales, Tensor residual, Tensor x, Tensor weight,
+                      double eps);
+
 // linear.cu
 void linear_add(Tensor residual, Tensor x, Tensor weight);
 void norm_linear(Tensor out, Tensor x, Tensor norm_weight, double eps, Tensor weight);

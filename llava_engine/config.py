@@ -29,6 +29,10 @@ class EngineConfig:
         and the engine's own for the rest, "torch" and "flash_attn" that of torch or of the
         flash-attn package for every chunk, "paged" the engine's own for all. Decoding always takes
         the latter, and so does what flash kernels are not made for, such as float32.
+    prefill: "exact" computes prefill in the model's type. "fp8" is faster and less accurate: in
+        steps of many rows the products of the decoder's layers are of 8-bit numbers (e4m3, a scale
+        per token and per output), for which the weights are kept a second time, at half their size.
+        It needs CUDA, Hopper or later, and a model in 16 bits. Decoding is the same with both.
     programmatic_launch: let the kernels of a decoding step start before their predecessors end, on
         GPUs that can (Hopper and later).
     block_size: tokens per KV block.
@@ -40,14 +44,20 @@ class EngineConfig:
     pixel_cache_mb: host memory for the prepared pixels of recent pictures, in MiB, so that the same
         file, in whatever request, is decoded once; 0 keeps none.
     max_image_bytes, max_image_pixels: limits of one encoded picture.
+    image_decode: who decodes JPEGs. "cpu" is libjpeg-turbo, to the bit; "gpu" is nvImageCodec (the
+        extra gpu-decode, CUDA alone) for plain ones, whose pixels differ a little; see
+        image.gpu_decode.
     fetch_timeout: seconds for one URL, redirects included.
     allow_hosts: host names or addresses that `describe_url` may reach although they are private.
+    progress_bar: show on stderr how far loading is, where that is a terminal and it takes over a
+        second.
     """
 
     device: str = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     kernels: Literal["auto", "reference"] = "auto"
     attention: Literal["auto", "paged", "torch", "flash_attn"] = "auto"
+    prefill: Literal["exact", "fp8"] = "exact"
     programmatic_launch: bool = True
     block_size: int = 64
     kv_cache_mb: int | None = None
@@ -58,8 +68,10 @@ class EngineConfig:
     pixel_cache_mb: int = 128
     max_image_bytes: int = 32 << 20
     max_image_pixels: int = 64 << 20
+    image_decode: Literal["cpu", "gpu"] = "cpu"
     fetch_timeout: float = 10.0
     allow_hosts: tuple[str, ...] = ()
+    progress_bar: bool = True
 
     def __post_init__(self) -> None:
         _check_types(self)

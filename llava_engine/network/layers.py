@@ -14,6 +14,8 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 
+from llava_engine.quant.fp8 import Fp8Weight
+
 Slot: TypeAlias = tuple[str, torch.Tensor]
 """A tensor's name in a checkpoint as published, and the view that it is copied to."""
 
@@ -49,11 +51,20 @@ class Placement:
 
 
 class Linear:
-    """y = x @ weight.T + bias. weight: [outputs, inputs]; bias: [outputs] or None."""
+    """y = x @ weight.T + bias. weight: [outputs, inputs]; bias: [outputs] or None.
+
+    fp8: the weight once more in 8 bits, where `quantize` made it.
+    """
 
     def __init__(self, inputs: int, outputs: int, bias: bool, place: Placement) -> None:
         self.weight = place.empty(outputs, inputs)
         self.bias = place.empty(outputs) if bias else None
+        self.fp8: Fp8Weight | None = None
+
+    def quantize(self) -> None:
+        """Make `fp8` of the weight, unless it is there: captured graphs have its address."""
+        if self.fp8 is None:
+            self.fp8 = Fp8Weight.of(self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)

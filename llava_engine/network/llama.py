@@ -102,6 +102,18 @@ class LlamaDecoder:
             layer.decode(embeds, batch, self._cos_sin, k_cache, v_cache)
         return embeds
 
+    def quantize(self) -> None:
+        """Give every product of the layers an fp8 copy of its weight (`Linear.fp8`)."""
+        for layer in self._layers:
+            for product in layer.products:
+                product.quantize()
+
+    @property
+    def fp8_nbytes(self) -> int:
+        """Bytes of the fp8 copies."""
+        products = [product for layer in self._layers for product in layer.products]
+        return sum(product.fp8.nbytes for product in products if product.fp8 is not None)
+
     def slots(self) -> Iterator[Slot]:
         yield f"{PREFIX}.embed_tokens.weight", self.embedding
         for index, layer in enumerate(self._layers):
@@ -125,10 +137,10 @@ class _Layer:
         self._gate_up = Linear(hidden, 2 * self._wide, config.mlp_bias, place)
         self._down = Linear(self._wide, hidden, config.mlp_bias, place)
         self._eps = config.rms_norm_eps
-        products = (self._qkv, self._out, self._gate_up, self._down)
-        self.fused_rows = min(linear.most_rows(product.weight) for product in products)
+        self.products = (self._qkv, self._out, self._gate_up, self._down)
+        self.fused_rows = min(linear.most_rows(product.weight) for product in self.products)
         if self._hidden_act not in ("silu", "swish") or any(
-            product.bias is not None for product in products
+            product.bias is not None for product in self.products
         ):
             self.fused_rows = 0
 

@@ -45,8 +45,13 @@ class LlavaModel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights."""
-        return sum(view.nbytes for _, view in self.slots())
+        """Bytes of the weights, their fp8 copies included."""
+        return sum(view.nbytes for _, view in self.slots()) + self._decoder.fp8_nbytes
+
+    def quantize(self) -> None:
+        """Make the fp8 copies that EngineConfig(prefill="fp8") needs, of the decoder's products
+        alone, unless they are there. The weights must be filled."""
+        self._decoder.quantize()
 
     def encode_images(self, patches: torch.Tensor) -> torch.Tensor:
         """Rows of network.clip.patch_rows [n, patches, width], in the model's dtype, to embedding

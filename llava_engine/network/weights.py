@@ -99,6 +99,12 @@ def random_model(
     return model
 
 
+def quantize_for_prefill(model: LlavaModel) -> None:
+    """LlavaModel.quantize. Raises MemoryExhausted where the copies do not fit."""
+    with _fitting(model.device):
+        model.quantize()
+
+
 @contextmanager
 def _fitting(device: torch.device) -> Iterator[None]:
     try:

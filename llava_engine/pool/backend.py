@@ -22,6 +22,7 @@ from llava_engine.errors import (
 )
 from llava_engine.hub import resolve
 from llava_engine.image.fetch import Fetcher
+from llava_engine.image.gpu_decode import jpeg_decoder
 from llava_engine.image.picture_cache import PictureCache
 from llava_engine.image.preprocess import ImageProcessorConfig
 from llava_engine.kernels.library import require_kernels
@@ -29,6 +30,7 @@ from llava_engine.network.attention import require_attention
 from llava_engine.network.weights import load_model
 from llava_engine.pool.request import Request
 from llava_engine.pool.sizing import HOST, DeviceMemory, kv_share_mb
+from llava_engine.quant.fp8 import require_fp8
 from llava_engine.registry import ModelInfo
 from llava_engine.runtime.runtime import LOST, DeviceRuntime, device_lost
 from llava_engine.runtime.sequence import Picture, Sequence
@@ -61,12 +63,14 @@ class ModelBackend:
         if config.kernels == "auto":
             require_kernels(self._device)
         require_attention(config.attention, self._device)
+        self._decode_jpeg = jpeg_decoder(config.image_decode, self._device)
+        dtype = _dtype(config, device)
+        if config.prefill == "fp8":
+            require_fp8(self._device, dtype, references=config.kernels == "reference")
         self._baseline = self._reserved()
         self._tokenizer = Tokenizer.from_directory(directory)
         self._processor = ImageProcessorConfig.from_directory(directory)
-        model = load_model(
-            directory, device=self._device, dtype=_dtype(config, device), progress=progress
-        )
+        model = load_model(directory, device=self._device, dtype=dtype, progress=progress)
         self._model_config = model.config
         side = model.config.vision.image_size
         if self._processor.output_size != (side, side):
@@ -84,6 +88,7 @@ class ModelBackend:
             max_bytes=config.max_image_bytes,
             max_pixels=config.max_image_pixels,
             capacity=config.pixel_cache_mb << 20,
+            decode_jpeg=self._decode_jpeg,
         )
         self._runtime = DeviceRuntime(model, device=self._device, config=config)
 
@@ -135,6 +140,8 @@ class ModelBackend:
         """See Backend."""
         self._fetcher.close()
         self._pictures.close()
+        if self._decode_jpeg is not None:
+            self._decode_jpeg.close()
         self._runtime.close()
 
     def fetch(self, request: Request) -> bytes:

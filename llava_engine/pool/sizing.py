@@ -131,14 +131,17 @@ def _room(device: DeviceMemory, held: Mapping[str, Held], fraction: float) -> in
 def estimate_need(info: ModelInfo, config: EngineConfig, device: str) -> Need:
     """What a model's workers take on `device` under `config`.
 
-    The record's estimates are for 16 bits; 32 bits, the CPU's default, take twice that. The pixels
-    that are kept come on top, once, in the host's memory.
+    The record's estimates are for 16 bits; 32 bits, the CPU's default, take twice that. On top come
+    the weights' copies in 8 bits for prefill="fp8", with the weights, and the pixels that are kept,
+    once, in the host's memory.
     """
     scale = _scale(config, device)
     share = info.est_worker_share_mb
     estimated = _kv_estimate_mb(info) * scale
     more = 0 if config.kv_cache_mb is None else config.kv_cache_mb - estimated
-    first = max(1, scale * info.est_memory_allocation_mb + more)
+    weights = info.est_memory_allocation_mb - _share_estimate_mb(info)
+    copies = weights // 2 if config.prefill == "fp8" else 0
+    first = max(1, scale * info.est_memory_allocation_mb + copies + more)
     following = first if share is None else max(1, scale * share + more)
     if device == HOST:
         return Need(first + config.pixel_cache_mb, following, 0)
@@ -154,7 +157,12 @@ def kv_share_mb(info: ModelInfo, config: EngineConfig, device: str) -> int:
 
 def _kv_estimate_mb(info: ModelInfo) -> int:
     """Three quarters of a worker's share; the rest is workspace."""
-    return (info.est_worker_share_mb or info.est_memory_allocation_mb // 4) * 3 // 4
+    return _share_estimate_mb(info) * 3 // 4
+
+
+def _share_estimate_mb(info: ModelInfo) -> int:
+    """A worker's KV cache and workspace."""
+    return info.est_worker_share_mb or info.est_memory_allocation_mb // 4
 
 
 def _scale(config: EngineConfig, device: str) -> int:

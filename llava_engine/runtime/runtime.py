@@ -27,6 +27,8 @@ from llava_engine.errors import (
 )
 from llava_engine.kernels.library import references
 from llava_engine.network.llava import LlavaModel
+from llava_engine.network.weights import quantize_for_prefill
+from llava_engine.quant.fp8 import require_fp8
 from llava_engine.runtime.decode_loop import DeviceFailed, TokenEvent
 from llava_engine.runtime.decode_state import RING_STEPS
 from llava_engine.runtime.decoder import Decoder
@@ -48,6 +50,7 @@ class DeviceRuntime:
 
     It starts without KV blocks; each `add_worker` brings a share. All methods are thread-safe.
     on_tokens: called on the loop thread with what decoding gave, in order; must return at once.
+    Raises UnsupportedModel or MemoryExhausted where config.prefill cannot be had.
     """
 
     def __init__(
@@ -60,6 +63,11 @@ class DeviceRuntime:
     ) -> None:
         text = model.config.text
         self.device = device
+        self._kernels = references if config.kernels == "reference" else nullcontext
+        if config.prefill == "fp8":
+            require_fp8(device, model.dtype, references=config.kernels == "reference")
+            with torch.inference_mode(), self._kernels():
+                quantize_for_prefill(model)
         self.max_model_len = min(
             config.max_model_len or model.config.max_model_len, model.config.max_model_len
         )
@@ -98,7 +106,6 @@ class DeviceRuntime:
             config=config,
         )
         self._on_tokens = on_tokens
-        self._kernels = references if config.kernels == "reference" else nullcontext
         self._shares: dict[str, int] = {}
         # What the loop thread is to do: a sequence, a command, or None to just look around.
         self._inbox: SimpleQueue[Sequence | Callable[[], None] | None] = SimpleQueue()

@@ -1,0 +1,74 @@
+"""Weights in 8 bits (e4m3) with a scale per output, for the products of prefill.
+
+They are quantised from the 16-bit ones on the device that these are on, and kept beside them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from llava_engine.errors import UnsupportedModel
+from llava_engine.kernels.fp8 import FP8, quantize_rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fp8Weight:
+    """A matrix whose row i is values[i] * scales[i].
+
+    values: float8_e4m3fn [outputs, inputs]. scales: float32 [outputs].
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Fp8Weight:
+        """Quantise a weight [outputs, inputs], float16, bfloat16 or float32."""
+        values = torch.empty_like(weight, dtype=FP8)
+        scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+        quantize_rows(values, scales, weight)
+        return cls(values, scales)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tensors."""
+        return self.values.nbytes + self.scales.nbytes
+
+
+def fp8_linear(x: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
+    """x [T, inputs] @ weight.T in fp8, [T, outputs] of x's type; in plain torch.
+
+    x is quantised row by row. What an fp8 product has to agree with: products of e4m3 numbers,
+    summed in float32.
+    """
+    values = torch.empty_like(x, dtype=FP8)
+    scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    quantize_rows(values, scales, x)
+    sums = F.linear(values.float(), weight.values.float())
+    return (sums * scales.unsqueeze(1) * weight.scales).to(x.dtype)
+
+
+def require_fp8(device: torch.device, dtype: torch.dtype, *, references: bool) -> None:
+    """Raise UnsupportedModel unless a model on `device` in `dtype` can prefill in fp8.
+
+    references: whether every op runs by its torch reference, which knows no limits.
+    """
+    if references:
+        return
+    wanted = 'EngineConfig(prefill="fp8")'
+    if device.type != "cuda":
+        raise UnsupportedModel(
+            f"{wanted} needs a GPU, and the model is on {device}; "
+            'kernels="reference" imitates it there'
+        )
+    if dtype == torch.float32:
+        raise UnsupportedModel(f"{wanted} is for models in 16 bits, and this one is in float32")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (9, 0):
+        raise UnsupportedModel(
+            f"{wanted} needs a GPU of compute capability 9.0 (Hopper) or later; "
+            f"{device} has {capability[0]}.{capability[1]}"
+        )
