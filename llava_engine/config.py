@@ -47,6 +47,9 @@ class EngineConfig:
     image_decode: who decodes JPEGs. "cpu" is libjpeg-turbo, to the bit; "gpu" is nvImageCodec (the
         extra gpu-decode, CUDA alone) for plain ones, whose pixels differ a little; see
         image.gpu_decode.
+    image_decode: who decodes JPEGs. "cpu" is libjpeg-turbo, to the bit; "gpu" is nvImageCodec (the
+        extra gpu-decode, CUDA alone) for plain ones, whose pixels differ a little; see
+        image.gpu_decode.
     fetch_timeout: seconds for one URL, redirects included.
     allow_hosts: host names or addresses that `describe_url` may reach although they are private.
     progress_bar: show on stderr how far loading is, where that is a terminal and it takes over a
@@ -68,6 +71,7 @@ class EngineConfig:
     pixel_cache_mb: int = 128
     max_image_bytes: int = 32 << 20
     max_image_pixels: int = 64 << 20
+    image_decode: Literal["cpu", "gpu"] = "cpu"
     image_decode: Literal["cpu", "gpu"] = "cpu"
     fetch_timeout: float = 10.0
     allow_hosts: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,9 @@ from llava_engine.errors import ImageDecodeError, ImageError, ImageTooLarge
 from llava_engine.image.header import Header, read_header
 
 Pixels = npt.NDArray[np.uint8]
+DecodeJpeg = Callable[[Header], Pixels | None]
+"""Another decoder than Pillow's: the picture as stored, uint8 height x width x 3, or None if it is
+Pillow's to decode."""
 
 # The plugins themselves, not Image.open: it warns about large pictures through the process-wide
 # warnings filters (an error under -W error), which no thread can set for itself alone. Size is
@@ -64,8 +67,9 @@ class LoadedImage:
     """A decoded picture.
 
     pixels: uint8 height x width x 3, C-contiguous RGB, upright, transparency laid on white.
-    content: 16-byte digest of what was given; equal for equal files, and different for two PIL
-        images or arrays that differ in mode, size, palette or orientation alone.
+    content: 16-byte digest of what was given and of who decoded it; equal for equal files, and
+        different for two PIL images or arrays that differ in mode, size, palette or orientation
+        alone.
     frames: in the file, of which `pixels` is the first; 1 for PIL images and arrays.
     """
 
@@ -125,11 +129,14 @@ def read_image(source: Any, *, max_bytes: int) -> EncodedImage | None:
         return EncodedImage(data, hashlib.sha256(data).digest()[:16])
 
 
-def load_image(source: Any, *, max_bytes: int, max_pixels: int) -> LoadedImage:
+def load_image(
+    source: Any, *, max_bytes: int, max_pixels: int, decode_jpeg: DecodeJpeg | None = None
+) -> LoadedImage:
     """Decode a picture that `check_image` accepts, or one that `read_image` has read.
 
     max_bytes: of the encoded file. max_pixels: width x height, judged from the header; Pillow's
-    MAX_IMAGE_PIXELS counts too where it is lower, and is never changed.
+    MAX_IMAGE_PIXELS counts too where it is lower, and is never changed. decode_jpeg: is given
+    JPEG files that passed these limits, before Pillow.
     Needs about 7 bytes of memory a pixel (some 20 for WebP, whose decoder keeps canvases) and
     twice the encoded bytes.
     Raises ImageTooLarge or ImageDecodeError.
@@ -139,7 +146,7 @@ def load_image(source: Any, *, max_bytes: int, max_pixels: int) -> LoadedImage:
         source = read_image(source, max_bytes=max_bytes) or source
     with _as_image_errors():
         if isinstance(source, EncodedImage):
-            return _from_encoded(source, limit)
+            return _from_encoded(source, limit, decode_jpeg)
         if isinstance(source, np.ndarray):
             return _from_array(source, limit)
         return _from_pil(source, limit)
@@ -207,11 +214,18 @@ def _check_pixels(width: int, height: int, limit: int) -> None:
         raise ImageTooLarge(f"the picture has {width} x {height} pixels; allowed are {limit}")
 
 
-def _from_encoded(encoded: EncodedImage, limit: int) -> LoadedImage:
+def _from_encoded(encoded: EncodedImage, limit: int, decode_jpeg: DecodeJpeg | None) -> LoadedImage:
     header = read_header(encoded.data)
     _check_pixels(header.width, header.height, limit)
     if header.tile_pixels > limit:
         raise ImageTooLarge(f"the picture's tiles have {header.tile_pixels} pixels")
+    if decode_jpeg is not None and header.format == "JPEG":
+        decoded = decode_jpeg(header)
+        if decoded is not None:
+            # Not Pillow's pixels to the last bit, so nothing made of those may pass for these.
+            content = hashlib.blake2b(encoded.content, digest_size=16, person=b"decode_jpeg")
+            pixels = _upright(decoded, header.orientation)
+            return LoadedImage(pixels, content.digest(), header.frames)
     with _decode(header, limit) as image:
         pixels = _to_rgb(image, header.orientation, None)
     return LoadedImage(pixels, encoded.content, header.frames)
@@ -250,8 +264,7 @@ def _from_array(array: Pixels, limit: int) -> LoadedImage:
 def _to_rgb(image: Image.Image, orientation: int, digest: hashlib.blake2b | None) -> Pixels:
     """Convert band by band into an upright array; `digest` takes in each band's raw bytes."""
     width, height = image.size
-    upright = (height, width) if orientation < 5 else (width, height)
-    pixels: Pixels = np.empty((*upright, 3), np.uint8)
+    pixels = _empty_upright(width, height, orientation)
     stored = _as_stored(pixels, orientation)
     for top, bottom in _bands(width, height):
         band = image.crop((0, top, width, bottom))
@@ -259,6 +272,20 @@ def _to_rgb(image: Image.Image, orientation: int, digest: hashlib.blake2b | None
             digest.update(band.tobytes())
         stored[top:bottom] = _band_to_rgb(band)
     return pixels
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Turn a picture that lies as it is stored; itself if it lies right."""
+    if orientation == 1:
+        return pixels
+    upright = _empty_upright(pixels.shape[1], pixels.shape[0], orientation)
+    _as_stored(upright, orientation)[:] = pixels
+    return upright
+
+
+def _empty_upright(width: int, height: int, orientation: int) -> Pixels:
+    upright = (height, width) if orientation < 5 else (width, height)
+    return np.empty((*upright, 3), np.uint8)
 
 
 def _bands(width: int, height: int) -> Iterator[tuple[int, int]]:

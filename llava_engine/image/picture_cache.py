@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llava_engine.image.load import load_image, pixel_limit, read_image
+from llava_engine.image.load import DecodeJpeg, load_image, pixel_limit, read_image
 from llava_engine.image.preprocess import ImageProcessorConfig, picture_key, preprocess
 
 
@@ -33,16 +33,24 @@ class PreparedPicture:
 class PictureCache:
     """Prepares pictures with one image processor, and keeps those that came as files.
 
-    max_bytes, max_pixels: as `load.load_image` takes them; they hold for kept pictures, too.
+    max_bytes, max_pixels, decode_jpeg: as `load.load_image` takes them; the limits hold for kept
+        pictures, too.
     capacity: bytes of pixels that are kept, those of the most recently used files.
 
     Any number of threads may use it. Two that bring the same new file at once both decode it.
     """
 
     def __init__(
-        self, processor: ImageProcessorConfig, *, max_bytes: int, max_pixels: int, capacity: int
+        self,
+        processor: ImageProcessorConfig,
+        *,
+        max_bytes: int,
+        max_pixels: int,
+        capacity: int,
+        decode_jpeg: DecodeJpeg | None = None,
     ) -> None:
         self._processor = processor
+        self._decode_jpeg = decode_jpeg
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
         self._capacity = capacity
@@ -79,7 +87,12 @@ class PictureCache:
             self._recent.clear()
 
     def _prepare(self, source: Any) -> PreparedPicture:
-        image = load_image(source, max_bytes=self._max_bytes, max_pixels=self._max_pixels)
+        image = load_image(
+            source,
+            max_bytes=self._max_bytes,
+            max_pixels=self._max_pixels,
+            decode_jpeg=self._decode_jpeg,
+        )
         pixels = preprocess(image, self._processor)
         pixels.flags.writeable = False
         return PreparedPicture(picture_key(image, self._processor), pixels)

@@ -23,6 +23,7 @@ from llava_engine.errors import (
 from llava_engine.hub import resolve
 from llava_engine.image.fetch import Fetcher
 from llava_engine.image.gpu_decode import jpeg_decoder
+from llava_engine.image.gpu_decode import jpeg_decoder
 from llava_engine.image.picture_cache import PictureCache
 from llava_engine.image.preprocess import ImageProcessorConfig
 from llava_engine.kernels.library import require_kernels
@@ -64,6 +65,7 @@ class ModelBackend:
             require_kernels(self._device)
         require_attention(config.attention, self._device)
         self._decode_jpeg = jpeg_decoder(config.image_decode, self._device)
+        self._decode_jpeg = jpeg_decoder(config.image_decode, self._device)
         dtype = _dtype(config, device)
         if config.prefill == "fp8":
             require_fp8(self._device, dtype, references=config.kernels == "reference")
@@ -88,6 +90,7 @@ class ModelBackend:
             max_bytes=config.max_image_bytes,
             max_pixels=config.max_image_pixels,
             capacity=config.pixel_cache_mb << 20,
+            decode_jpeg=self._decode_jpeg,
             decode_jpeg=self._decode_jpeg,
         )
         self._runtime = DeviceRuntime(model, device=self._device, config=config)
@@ -140,6 +143,8 @@ class ModelBackend:
         """See Backend."""
         self._fetcher.close()
         self._pictures.close()
+        if self._decode_jpeg is not None:
+            self._decode_jpeg.close()
         if self._decode_jpeg is not None:
             self._decode_jpeg.close()
         self._runtime.close()
