@@ -14,6 +14,10 @@ STABLE_TORCH_LIBRARY_IMPL(llava_engine, CUDA, m) {
   m.impl("norm_linear", TORCH_BOX(&llava_engine::norm_linear));
   m.impl("norm_linear_silu_mul", TORCH_BOX(&llava_engine::norm_linear_silu_mul));
   m.impl("norm_qkv_rope_append", TORCH_BOX(&llava_engine::norm_qkv_rope_append));
+  m.impl("matmul_store", TORCH_BOX(&llava_engine::matmul_store));
+  m.impl("matmul_add", TORCH_BOX(&llava_engine::matmul_add));
+  m.impl("matmul_silu_mul", TORCH_BOX(&llava_engine::matmul_silu_mul));
+  m.impl("matmul_rope_append", TORCH_BOX(&llava_engine::matmul_rope_append));
   m.impl("silu_mul", TORCH_BOX(&llava_engine::silu_mul));
   m.impl("rope_append", TORCH_BOX(&llava_engine::rope_append));
   m.impl("paged_attention", TORCH_BOX(&llava_engine::paged_attention));

@@ -29,6 +29,19 @@ void norm_qkv_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Te
                           double eps, Tensor qkv, Tensor cos_sin, Tensor positions,
                           Tensor slot_mapping);
 
+// matmul.cu
+bool matmul_takes(const Tensor& x, const Tensor& weight);  // no op: whether the ones below do
+void matmul_store(Tensor out, Tensor x, Tensor weight, std::optional<Tensor> bias,
+                  int64_t activation);
+void matmul_add(Tensor residual, Tensor x, Tensor weight, std::optional<Tensor> bias,
+                std::optional<Tensor> x_scales, std::optional<Tensor> weight_scales);
+void matmul_silu_mul(Tensor out, Tensor x, Tensor gate_up, std::optional<Tensor> x_scales,
+                     std::optional<Tensor> weight_scales);
+void matmul_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Tensor qkv,
+                        std::optional<Tensor> x_scales, std::optional<Tensor> weight_scales,
+                        Tensor cos_sin, Tensor positions, Tensor slot_mapping,
+                        std::optional<Tensor> kv);
+
 // activation.cu
 void silu_mul(Tensor out, Tensor gate_up);
 

@@ -1,0 +1,226 @@
+// Products of many rows on Hopper, with what follows them: the kernel is matmul.cuh's. Other GPUs,
+// types and shapes have torch's products (see prefill.cu).
+#include "matmul.cuh"
+
+#include <algorithm>
+
+#include "ops.h"
+
+namespace llava_engine {
+namespace {
+
+int attribute(const Tensor& tensor, cudaDeviceAttr which) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, tensor.get_device_index()));
+  return value;
+}
+
+template <typename In>
+constexpr CUtensorMapDataType kMapType = std::is_same_v<In, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                         : std::is_same_v<In, __nv_bfloat16>
+                                             ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                             : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+
+template <typename In>
+CUtensorMap map_of(const Tensor& matrix, int box_rows) {
+  return matrix_map(matrix.data_ptr(), kMapType<In>, sizeof(In), matrix.size(0), matrix.size(1),
+                    matrix.stride(0) * sizeof(In), box_rows);
+}
+
+template <typename In, typename Out, int kTokens>
+void launch(const Tensor& x, const Tensor& weight, Work<Out> work, int clusters) {
+  using Memory = MatmulMemory<kTokens>;
+  static_assert(Memory::kStages >= 3);
+  const Launch to(x);
+  const auto kernel = matmul_kernel<In, Out, kTokens>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      Memory::kBytes));
+  work.token_tiles = ceil_div(work.tokens, kTokens);
+  const int blocks = kCluster * std::min(clusters, work.tile_pairs * work.token_tiles);
+  launch_clusters(kernel, kCluster, blocks, kMatmulThreads, Memory::kBytes, to.stream(),
+                  map_of<In>(x, kTokens / kCluster), map_of<In>(weight, kHalfRows), work);
+}
+
+// The width of a tile with which the fewest columns are multiplied, one wave of clusters after the
+// other. A tile's share of what is fetched grows as it gets narrower.
+int best_width(int tokens, int tile_pairs, int clusters) {
+  constexpr int kNarrowest = 128, kWidest = 256, kTileCost = 24;
+  int best = kWidest, least = INT32_MAX;
+  for (int width = kNarrowest; width <= kWidest; width += 16) {
+    const int waves = ceil_div(tile_pairs * ceil_div(tokens, width), clusters);
+    const int cost = waves * (width + kTileCost);
+    if (cost <= least) {
+      least = cost;
+      best = width;
+    }
+  }
+  return best;
+}
+
+template <typename In, typename Out>
+void run(const Tensor& x, const Tensor& weight, Work<Out> work) {
+  const int rows = work.result == Result::kSiluMul ? kHalfRows : kTileRows;
+  work.tokens = static_cast<int>(x.size(0));
+  work.inputs = static_cast<int>(x.size(1));
+  work.tile_pairs = ceil_div(work.outputs, rows * kCluster);
+  const int clusters = attribute(x, cudaDevAttrMultiProcessorCount) / kCluster;
+  switch (best_width(work.tokens, work.tile_pairs, clusters)) {
+    case 128:
+      return launch<In, Out, 128>(x, weight, work, clusters);
+    case 144:
+      return launch<In, Out, 144>(x, weight, work, clusters);
+    case 160:
+      return launch<In, Out, 160>(x, weight, work, clusters);
+    case 176:
+      return launch<In, Out, 176>(x, weight, work, clusters);
+    case 192:
+      return launch<In, Out, 192>(x, weight, work, clusters);
+    case 208:
+      return launch<In, Out, 208>(x, weight, work, clusters);
+    case 224:
+      return launch<In, Out, 224>(x, weight, work, clusters);
+    case 240:
+      return launch<In, Out, 240>(x, weight, work, clusters);
+    default:
+      return launch<In, Out, 256>(x, weight, work, clusters);
+  }
+}
+
+bool rows_aligned(const Tensor& matrix) {
+  return aligned(matrix) && matrix.stride(1) == 1 && matrix.stride(0) * matrix.element_size() % 16 == 0;
+}
+
+// f(element type of x, element type of out): fills in the rest of the work.
+template <typename F>
+void by_types(const Tensor& x, const Tensor& out, F&& f) {
+  const bool half = out.scalar_type() == ScalarType::Half;
+  if (x.scalar_type() == ScalarType::Float8_e4m3fn) {
+    return half ? f(__nv_fp8_e4m3{}, __half{}) : f(__nv_fp8_e4m3{}, __nv_bfloat16{});
+  }
+  return half ? f(__half{}, __half{}) : f(__nv_bfloat16{}, __nv_bfloat16{});
+}
+
+// Checks what all have in common and starts the work: `complete` adds what is the result's own.
+template <typename F>
+void matmul(Result result, const Tensor& out, int64_t outputs, const Tensor& x,
+            const Tensor& weight, const std::optional<Tensor>& x_scales,
+            const std::optional<Tensor>& weight_scales, F&& complete) {
+  STD_TORCH_CHECK(matmul_takes(x, weight), "x and weight are not what the products of many rows take");
+  STD_TORCH_CHECK(out.is_cuda() && out.stride(-1) == 1 && aligned(out) &&
+                      out.stride(0) % kVector == 0 && out.size(0) == x.size(0),
+                  "out must have aligned rows, as many as x");
+  const bool is_fp8 = x.scalar_type() == ScalarType::Float8_e4m3fn;
+  STD_TORCH_CHECK(x_scales.has_value() == is_fp8 && weight_scales.has_value() == is_fp8,
+                  "scales belong to float8 and to nothing else");
+  STD_TORCH_CHECK(is_fp8 ? out.scalar_type() == ScalarType::Half ||
+                               out.scalar_type() == ScalarType::BFloat16
+                         : out.scalar_type() == x.scalar_type(),
+                  "out has the wrong type");
+  if (is_fp8) {
+    check_column(*x_scales, ScalarType::Float, x.size(0), "x_scales");
+    check_column(*weight_scales, ScalarType::Float, weight.size(0), "weight_scales");
+  }
+  if (x.size(0) == 0) return;
+  by_types(x, out, [&](auto in, auto zero) {
+    using In = decltype(in);
+    using Out = decltype(zero);
+    Work<Out> work{};
+    work.result = result;
+    work.outputs = static_cast<int>(outputs);
+    work.out = data<Out>(out);
+    work.out_stride = out.stride(0);
+    if (is_fp8) {
+      work.x_scales = data<float>(*x_scales);
+      work.weight_scales = data<float>(*weight_scales);
+    }
+    complete(work);
+    run<In>(x, weight, work);
+  });
+}
+
+template <typename Out>
+void add_bias(Work<Out>& work, const std::optional<Tensor>& bias) {
+  if (!bias.has_value()) return;
+  check_dense(*bias, "bias");
+  STD_TORCH_CHECK(bias->numel() == work.outputs, "bias has the wrong length");
+  work.bias = data<Out>(*bias);
+}
+
+}  // namespace
+
+bool matmul_takes(const Tensor& x, const Tensor& weight) {
+  if (!x.is_cuda() || x.dim() != 2 || weight.dim() != 2 || x.size(1) != weight.size(1) ||
+      x.scalar_type() != weight.scalar_type() || weight.size(0) % kVector != 0) {
+    return false;
+  }
+  const ScalarType type = x.scalar_type();
+  return (type == ScalarType::Half || type == ScalarType::BFloat16 ||
+          type == ScalarType::Float8_e4m3fn) &&
+         rows_aligned(x) && rows_aligned(weight) &&
+         attribute(x, cudaDevAttrComputeCapabilityMajor) == 9;
+}
+
+void matmul_store(Tensor out, Tensor x, Tensor weight, std::optional<Tensor> bias,
+                  int64_t activation) {
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(1) == weight.size(0), "out must be [rows, outputs]");
+  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "there is no such activation");
+  matmul(Result::kStore, out, weight.size(0), x, weight, {}, {}, [&](auto& work) {
+    work.activation = static_cast<Activation>(activation);
+    add_bias(work, bias);
+  });
+}
+
+void matmul_add(Tensor residual, Tensor x, Tensor weight, std::optional<Tensor> bias,
+                std::optional<Tensor> x_scales, std::optional<Tensor> weight_scales) {
+  STD_TORCH_CHECK(residual.dim() == 2 && residual.size(1) == weight.size(0),
+                  "residual must be [rows, outputs]");
+  matmul(Result::kAdd, residual, weight.size(0), x, weight, x_scales, weight_scales,
+         [&](auto& work) { add_bias(work, bias); });
+}
+
+void matmul_silu_mul(Tensor out, Tensor x, Tensor gate_up, std::optional<Tensor> x_scales,
+                     std::optional<Tensor> weight_scales) {
+  STD_TORCH_CHECK(out.dim() == 2 && 2 * out.size(1) == gate_up.size(0) &&
+                      out.size(1) % kVector == 0,
+                  "out must be [rows, half of the outputs]");
+  matmul(Result::kSiluMul, out, out.size(1), x, gate_up, x_scales, weight_scales, [](auto&) {});
+}
+
+void matmul_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Tensor qkv,
+                        std::optional<Tensor> x_scales, std::optional<Tensor> weight_scales,
+                        Tensor cos_sin, Tensor positions, Tensor slot_mapping,
+                        std::optional<Tensor> kv) {
+  STD_TORCH_CHECK(q.dim() == 3 && k_cache.dim() == 4 && q.size(2) == kTileRows &&
+                      k_cache.size(3) == kTileRows && q.stride(1) == kTileRows,
+                  "heads must be dense and have ", kTileRows, " dimensions");
+  const int64_t heads = q.size(1) + 2 * k_cache.size(1);
+  STD_TORCH_CHECK(qkv.size(0) == heads * kTileRows, "qkv has the wrong number of rows");
+  check_column(positions, ScalarType::Long, x.size(0), "positions");
+  check_column(slot_mapping, ScalarType::Long, x.size(0), "slot_mapping");
+  check_dense(cos_sin, "cos_sin");
+  check_type(cos_sin, ScalarType::Float, "cos_sin");
+  STD_TORCH_CHECK(cos_sin.size(1) == kTileRows, "cos_sin must be [positions, dimensions]");
+  for (const Tensor* cache : {&k_cache, &v_cache}) {
+    check_dense(*cache, "cache");
+    check_type(*cache, q.scalar_type(), "cache");
+  }
+  STD_TORCH_CHECK(v_cache.numel() == k_cache.numel(), "the caches differ in size");
+  if (kv.has_value()) {
+    check_column(*kv, q.scalar_type(), x.size(0) * 2 * k_cache.size(1) * kTileRows, "kv");
+  }
+  matmul(Result::kRopeAppend, q, heads * kTileRows, x, qkv, x_scales, weight_scales,
+         [&](auto& work) {
+           using Out = std::remove_pointer_t<decltype(work.out)>;
+           work.cos_sin = data<float>(cos_sin);
+           work.positions = data<int64_t>(positions);
+           work.slots = data<int64_t>(slot_mapping);
+           work.k_cache = data<Out>(k_cache);
+           work.v_cache = data<Out>(v_cache);
+           work.kv = kv.has_value() ? data<Out>(*kv) : nullptr;
+           work.q_heads = static_cast<int>(q.size(1));
+           work.kv_heads = static_cast<int>(k_cache.size(1));
+           work.block_size = static_cast<int>(k_cache.size(2));
+         });
+}
+
+}  // namespace llava_engine

@@ -1,0 +1,331 @@
+// The kernel of matmul.cu: x [tokens, inputs] times weight [outputs, inputs] transposed, on Hopper's
+// matrix units, and what becomes of the sums.
+//
+// A weight tile of 128 rows is the products' M and a tile of kTokens tokens their N, which may be any
+// multiple of 16: so the tiles fit the number of tokens, and few places of the last wave stay empty.
+// Two blocks make a cluster. Each has its own weight rows and fetches half of the tokens' tile for
+// both. In a block one thread keeps a ring of tiles full, two warpgroups multiply 64 weight rows each.
+#pragma once
+
+#include "common.cuh"
+#include "ring.cuh"
+#include "wgmma.cuh"
+#include "wgmma_products.cuh"
+
+namespace llava_engine {
+
+constexpr int kTileRows = 128;  // of the weight
+constexpr int kHalfRows = kTileRows / 2;
+constexpr int kCluster = 2;
+constexpr int kMatmulThreads = 3 * kWarpgroup;
+constexpr int kMultipliers = 2 * kWarpgroup;  // threads
+
+enum class Result { kStore, kAdd, kSiluMul, kRopeAppend };
+enum class Activation { kNone, kGelu, kQuickGelu };
+
+// What becomes of the sums. Out: the type of results, biases and caches.
+template <typename Out>
+struct Work {
+  Result result;
+  Activation activation;  // with kStore
+  int tokens, inputs;
+  int outputs;  // columns of `out`; with kSiluMul half of the weight's rows
+  int token_tiles, tile_pairs;
+  Out* out;  // kAdd: the residual; kRopeAppend: the queries
+  int64_t out_stride;
+  const Out* bias;                        // [outputs] or null
+  const float *x_scales, *weight_scales;  // [tokens] and [weight rows], both or none
+  // kRopeAppend, whose heads have kTileRows dimensions. See rope_kv.cu.
+  const float* cos_sin;
+  const int64_t *positions, *slots;
+  Out *k_cache, *v_cache;
+  Out* kv;  // rotated keys and values [tokens, 2 * kv_heads, dim] besides, or null
+  int q_heads, kv_heads, block_size;
+};
+
+template <int kTokens>
+struct MatmulMemory {
+  static constexpr int kStageBytes = (kTileRows + kTokens) * kSwizzleBytes;
+  // Results pass through shared memory, half of the tokens at a time. 8 elements more keep the rows
+  // of a store apart.
+  static constexpr int kPassTokens = ceil_div(kTokens / 16, 2) * 16;
+  static constexpr int kPitch = kTileRows + 8;
+  static constexpr int kPassBytes = kPassTokens * kPitch * 2;
+  static constexpr int kMost = (227 << 10) - kPassBytes - 256;
+  static constexpr int kStages = kMost / kStageBytes < 8 ? kMost / kStageBytes : 8;
+  static constexpr int kPass = kStages * kStageBytes;
+  static constexpr int kBarriers = kPass + kPassBytes;
+  static constexpr int kBytes = kBarriers + 2 * kStages * 8;
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__device__ inline void multipliers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
+// The first weight row of a half of a tile.
+template <typename Out>
+__device__ inline int weight_row(const Work<Out>& work, int tile, int half) {
+  if (work.result == Result::kSiluMul) return half * work.outputs + tile * kHalfRows;
+  return tile * kTileRows + half * kHalfRows;
+}
+
+// One thread: asks for the tiles of one item after the other, as slots become free.
+template <typename In, int kTokens, typename Out>
+__device__ void fill_tiles(const CUtensorMap* x_map, const CUtensorMap* w_map,
+                           const Work<Out>& work, char* ring, uint64_t* full, uint64_t* empty) {
+  using Memory = MatmulMemory<kTokens>;
+  constexpr int kDepth = kSwizzleBytes / sizeof(In), kShare = kTokens / kCluster;
+  const int rank = cluster_rank(), items = work.tile_pairs * work.token_tiles;
+  const int depths = ceil_div(work.inputs, kDepth);
+  const auto ask_weights = [&](int item, int depth, int slot) {
+    const int tile = item / work.token_tiles * kCluster + rank;
+    char* to = ring + slot * Memory::kStageBytes;
+    barrier_expect(full + slot, Memory::kStageBytes);
+    for (int half = 0; half < 2; ++half) {
+      tensor_copy(to + half * kHalfRows * kSwizzleBytes, w_map, depth * kDepth,
+                  weight_row(work, tile, half), full + slot);
+    }
+  };
+  // Weights do not depend on the kernel before: the ring is filled with them while that still runs.
+  const int first = blockIdx.x / kCluster, early = min(depths, Memory::kStages);
+  for (int depth = 0; depth < early; ++depth) ask_weights(first, depth, depth);
+  wait_for_predecessor();
+  Cursor at;
+  bool first_round = true;
+  for (int item = first; item < items; item += gridDim.x / kCluster) {
+    const int token = item % work.token_tiles * kTokens + rank * kShare;
+    for (int depth = 0; depth < depths; ++depth) {
+      if (item != first || depth >= early) {
+        if (!first_round) barrier_wait(empty + at.slot, at.phase ^ 1);
+        ask_weights(item, depth, at.slot);
+      }
+      char* to = ring + at.slot * Memory::kStageBytes + (kTileRows + rank * kShare) * kSwizzleBytes;
+      tensor_copy_to_all(to, x_map, depth * kDepth, token, full + at.slot, (1 << kCluster) - 1);
+      at.advance(Memory::kStages);
+      if (at.slot == 0) first_round = false;
+    }
+  }
+}
+
+// Four 8 x 8 matrices, each transposed: lane i has the address of a row of matrix i / 8.
+__device__ inline void store_transposed(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(row)),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+template <typename Out>
+__device__ inline uint32_t packed(float a, float b) {
+  Pack<Out, 2> pack;
+  pack.values[0] = from_float<Out>(a);
+  pack.values[1] = from_float<Out>(b);
+  return *reinterpret_cast<uint32_t*>(&pack);
+}
+
+// What 8 results of a token become; `row` has all results of the token in this tile.
+template <typename Out>
+__device__ inline void finish_vector(const Work<Out>& work, int tile, int token, const Out* row,
+                                     int vector) {
+  const int place = vector * kVector;
+  float values[kVector];
+  load(row + place, values);
+  if (work.result == Result::kSiluMul) {
+    const int column = tile * kHalfRows + place;
+    if (column >= work.outputs) return;
+    float ups[kVector];
+    load(row + kHalfRows + place, ups);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      values[i] = rounded<Out>(values[i] / (1.0f + __expf(-values[i]))) * ups[i];
+    }
+    store(work.out + token * work.out_stride + column, values);
+    return;
+  }
+  if (work.result == Result::kRopeAppend) {
+    float rights[kVector];
+    load(row + kHalfRows + place, rights);
+    const int head = tile;
+    if (head >= work.q_heads + 2 * work.kv_heads) return;
+    const bool is_q = head < work.q_heads, is_v = head >= work.q_heads + work.kv_heads;
+    if (!is_v) {
+      const float* angles = work.cos_sin + work.positions[token] * kTileRows + place;
+      float cosine[kVector], sine[kVector];
+      load(angles, cosine);
+      load(angles + kHalfRows, sine);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const float left = values[i], right = rights[i];
+        values[i] = left * cosine[i] - right * sine[i];
+        rights[i] = right * cosine[i] + left * sine[i];
+      }
+    }
+    if (is_q) {
+      Out* to = work.out + token * work.out_stride + head * kTileRows + place;
+      store(to, values);
+      store(to + kHalfRows, rights);
+      return;
+    }
+    const int kv_head = head - work.q_heads - (is_v ? work.kv_heads : 0);
+    if (work.kv != nullptr) {
+      Out* to = work.kv +
+                (static_cast<int64_t>(token) * 2 * work.kv_heads + head - work.q_heads) * kTileRows +
+                place;
+      store(to, values);
+      store(to + kHalfRows, rights);
+    }
+    const int64_t slot = work.slots[token];
+    if (slot < 0) return;
+    const int64_t cached =
+        (slot / work.block_size * work.kv_heads + kv_head) * work.block_size + slot % work.block_size;
+    Out* to = (is_v ? work.v_cache : work.k_cache) + cached * kTileRows + place;
+    store(to, values);
+    store(to + kHalfRows, rights);
+    return;
+  }
+  const int column = tile * kTileRows + place;
+  if (column >= work.outputs) return;
+  Out* to = work.out + token * work.out_stride + column;
+  if (work.result == Result::kAdd) {
+    float before[kVector];
+    load(to, before);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) values[i] += before[i];
+  } else if (work.activation == Activation::kGelu) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      values[i] = values[i] * 0.5f * (1.0f + erff(values[i] * 0.70710678118654752440f));
+    }
+  } else if (work.activation == Activation::kQuickGelu) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) values[i] /= 1.0f + __expf(-1.702f * values[i]);
+  }
+  store(to, values);
+}
+
+// The multipliers: sums of a tile, through shared memory, to where they go.
+template <int kTokens, typename Out>
+__device__ void finish_tile(const Work<Out>& work, int tile, int first_token,
+                            float (&sums)[kTokens / 2], Out* pass) {
+  using Memory = MatmulMemory<kTokens>;
+  const int thread = threadIdx.x - kWarpgroup, half = thread / kWarpgroup, lane = thread % kWarp;
+  const int warp_row = thread % kWarpgroup / kWarp * 16;  // within the half
+  const int first_row = weight_row(work, tile, half) + warp_row + lane / 4;
+  const bool paired = work.result == Result::kSiluMul || work.result == Result::kRopeAppend;
+  if (work.weight_scales != nullptr) {
+    // Rows behind the last have sums of zero, which nobody reads.
+    const int rows = work.result == Result::kSiluMul ? 2 * work.outputs : work.outputs;
+    const float upper = work.weight_scales[min(first_row, rows - 1)];
+    const float lower = work.weight_scales[min(first_row + 8, rows - 1)];
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      const int token = first_token + 8 * j + lane % 4 * 2;
+      const float even = work.x_scales[min(token, work.tokens - 1)];
+      const float odd = work.x_scales[min(token + 1, work.tokens - 1)];
+      sums[4 * j] *= upper * even;
+      sums[4 * j + 1] *= upper * odd;
+      sums[4 * j + 2] *= lower * even;
+      sums[4 * j + 3] *= lower * odd;
+    }
+  }
+  if (work.bias != nullptr) {
+    const float upper = to_float(work.bias[min(first_row, work.outputs - 1)]);
+    const float lower = to_float(work.bias[min(first_row + 8, work.outputs - 1)]);
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      sums[4 * j] += upper;
+      sums[4 * j + 1] += upper;
+      sums[4 * j + 2] += lower;
+      sums[4 * j + 3] += lower;
+    }
+  }
+  // The token and the rows whose place this lane names to store_transposed.
+  Out* mine = pass + (lane / 16 * 8 + lane % 8) * Memory::kPitch + half * kHalfRows + warp_row +
+              lane / 8 % 2 * 8;
+#pragma unroll
+  for (int start = 0; start < kTokens; start += Memory::kPassTokens) {
+    const int count = min(Memory::kPassTokens, kTokens - start);
+    multipliers_sync();  // the last pass has been read
+#pragma unroll
+    for (int t = 0; t < Memory::kPassTokens; t += 16) {
+      if (t < count) {
+        const float* s = sums + (start + t) / 2;
+        store_transposed(mine + t * Memory::kPitch, packed<Out>(s[0], s[1]), packed<Out>(s[2], s[3]),
+                         packed<Out>(s[4], s[5]), packed<Out>(s[6], s[7]));
+      }
+    }
+    multipliers_sync();
+    const int vectors = (paired ? kHalfRows : kTileRows) / kVector;  // of a token
+    const int there = min(count, work.tokens - first_token - start);
+#pragma unroll 2
+    for (int i = thread; i < there * vectors; i += kMultipliers) {
+      const int token = i / vectors;
+      finish_vector(work, tile, first_token + start + token, pass + token * Memory::kPitch,
+                    i % vectors);
+    }
+  }
+}
+#endif
+
+template <typename In, typename Out, int kTokens>
+__global__ __launch_bounds__(kMatmulThreads, 1) void matmul_kernel(
+    const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
+    const __grid_constant__ Work<Out> work) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Memory = MatmulMemory<kTokens>;
+  launch_dependents();
+  extern __shared__ __align__(1024) char shared[];
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared + Memory::kBarriers);
+  uint64_t* empty = full + Memory::kStages;
+  if (threadIdx.x == 0) {
+    tensor_map_prefetch(&x_map);
+    tensor_map_prefetch(&w_map);
+    for (int slot = 0; slot < Memory::kStages; ++slot) {
+      barrier_init(full + slot, 1);
+      barrier_init(empty + slot, kCluster * kMultipliers / kWarpgroup);
+    }
+    barriers_ready();
+  }
+  cluster_sync();
+  if (threadIdx.x < kWarpgroup) {
+    registers_down<40>();
+    if (threadIdx.x == 0) fill_tiles<In, kTokens>(&x_map, &w_map, work, shared, full, empty);
+  } else {
+    registers_up<232>();
+    const int half = threadIdx.x / kWarpgroup - 1, member = threadIdx.x % kWarpgroup;
+    const auto release = [&](int slot) {
+      if (member < kCluster) barrier_arrive_at(empty + slot, member);
+    };
+    const int items = work.tile_pairs * work.token_tiles;
+    const int depths = ceil_div<int>(work.inputs, kSwizzleBytes / sizeof(In));
+    Cursor at;
+    for (int item = blockIdx.x / kCluster; item < items; item += gridDim.x / kCluster) {
+      float sums[kTokens / 2] = {};
+      int before = 0;
+      for (int depth = 0; depth < depths; ++depth) {
+        const char* stage = shared + at.slot * Memory::kStageBytes;
+        const uint64_t w = tile_descriptor(stage + half * kHalfRows * kSwizzleBytes);
+        const uint64_t x = tile_descriptor(stage + kTileRows * kSwizzleBytes);
+        barrier_wait(full + at.slot, at.phase);
+        products_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) multiply_tiles<In>(sums, w + 2 * k, x + 2 * k);
+        products_commit();
+        products_wait<1>();
+        if (depth > 0) release(before);
+        before = at.slot;
+        at.advance(Memory::kStages);
+      }
+      products_wait<0>();
+      release(before);
+      wait_for_predecessor();
+      finish_tile<kTokens>(work, item / work.token_tiles * kCluster + cluster_rank(),
+                           item % work.token_tiles * kTokens, sums,
+                           reinterpret_cast<Out*>(shared + Memory::kPass));
+    }
+  }
+  __syncwarp();
+  cluster_sync();  // the other block may still arrive at this one's barriers
+#endif
+}
+
+}  // namespace llava_engine
