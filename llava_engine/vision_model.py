@@ -16,7 +16,10 @@ from llava_engine.hub import checkpoint_mb
 from llava_engine.pool.model import ModelSpec
 from llava_engine.pool.pool import WorkerPool, vision_pool
 from llava_engine.pool.sizing import DeviceMemory, Need, estimate_need
+from llava_engine.pool.stages import Stages
+from llava_engine.pool.warm_up import warmed_up
 from llava_engine.pool.worker import Backend
+from llava_engine.progress import ProgressBar
 from llava_engine.registry import ModelInfo, lookup, models
 from llava_engine.stream import ChunkStream
 from llava_engine.types import ImageInput, SamplingParams
@@ -166,7 +169,8 @@ def get(
     """The model of a registered name, or of a checkpoint directory in the Hugging Face layout.
 
     config: EngineConfig.from_env() if None. pool: vision_pool() if None.
-    progress: called from the loading thread; the first one given for a model counts.
+    progress: called from the loading thread, in place of EngineConfig.progress_bar; the first one
+        given for a model counts.
 
     Nothing is loaded or downloaded before the first request. Raises UnknownModel naming the known
     names and the nearest, and WeightsError for a directory that cannot be read.
@@ -202,7 +206,8 @@ def _pool_key(registry_key: str, config: EngineConfig) -> str:
     changed = [
         f"{field.name}={getattr(config, field.name)}"
         for field in fields(config)
-        if getattr(config, field.name) != getattr(default, field.name)
+        if field.name != "progress_bar"  # what is shown changes nothing of what is run
+        and getattr(config, field.name) != getattr(default, field.name)
     ]
     return f"{registry_key}[{', '.join(changed)}]" if changed else registry_key
 
@@ -210,11 +215,13 @@ def _pool_key(registry_key: str, config: EngineConfig) -> str:
 def _spec(key: str, info: ModelInfo, config: EngineConfig, progress: Progress | None) -> ModelSpec:
     """How the pool brings up the model's workers; all of it runs on the pool's threads, and so
     torch is first imported there."""
+    stages = Stages()
 
     def devices(gpus: list[DeviceMemory], host: DeviceMemory) -> list[DeviceMemory]:
         from llava_engine.pool.backend import candidate_devices
 
-        return candidate_devices(config, gpus, host)
+        with stages("library"):
+            return candidate_devices(config, gpus, host)
 
     def need(device: str) -> Need:
         return estimate_need(info, config, device)
@@ -222,11 +229,15 @@ def _spec(key: str, info: ModelInfo, config: EngineConfig, progress: Progress | 
     def loader(device: str, check: Callable[[], None]) -> Backend:
         from llava_engine.pool.backend import load_worker_model
 
-        def report(stage: str, done: int, total: int) -> None:
-            check()
-            if progress is not None:
-                progress(stage, done, total)
+        with ProgressBar(Path(info.registry_key).name) as bar:
 
-        return load_worker_model(info, config, device, report)
+            def report(stage: str, done: int, total: int) -> None:
+                check()
+                if progress is not None:
+                    progress(stage, done, total)
+                elif config.progress_bar:
+                    bar.update(done, total)
 
-    return ModelSpec(key, loader, need, devices)
+            return load_worker_model(info, config, device, report, stages)
+
+    return ModelSpec(key, loader, need, devices, lambda: warmed_up(config.device, stages), stages)

@@ -34,6 +34,7 @@ LAYER = {
     "errors": 0,
     "types": 0,
     "config": 0,
+    "progress": 0,
     "registry": 0,
 }
 # Finer rules: a room, and the rooms below it that it may still not import.

@@ -28,6 +28,7 @@ from llava_engine.errors import (
     ImageTooLarge,
 )
 from llava_engine.image.header import FORMATS, MAGIC_BYTES, sniff
+from llava_engine.image.url import check_url
 
 Resolver: TypeAlias = Callable[[str, int], Sequence[str]]
 """From host name and port to addresses; raises OSError."""
@@ -47,14 +48,6 @@ _SPECIAL = [
     ipaddress.ip_network(block)
     for block in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20")
 ]
-
-
-def check_url(url: object) -> None:
-    """Refuse what can be no URL. Raises TypeError or ValueError; does no I/O."""
-    if not isinstance(url, str):
-        raise TypeError(f"url must be a str, not {type(url).__name__}")
-    if not url:
-        raise ValueError("url must not be empty")
 
 
 def is_public(address: str) -> bool:

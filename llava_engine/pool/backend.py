@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,10 +21,9 @@ from llava_engine.errors import (
     MemoryExhausted,
     ModelError,
     UnsupportedModel,
+    WorkerDied,
 )
 from llava_engine.hub import resolve
-from llava_engine.image.fetch import Fetcher
-from llava_engine.image.gpu_decode import jpeg_decoder
 from llava_engine.image.gpu_decode import jpeg_decoder
 from llava_engine.image.picture_cache import PictureCache
 from llava_engine.image.preprocess import ImageProcessorConfig
@@ -31,6 +32,7 @@ from llava_engine.network.attention import require_attention
 from llava_engine.network.weights import load_model
 from llava_engine.pool.request import Request
 from llava_engine.pool.sizing import HOST, DeviceMemory, kv_share_mb
+from llava_engine.pool.stages import Stages
 from llava_engine.quant.fp8 import require_fp8
 from llava_engine.registry import ModelInfo
 from llava_engine.runtime.runtime import LOST, DeviceRuntime, device_lost
@@ -38,6 +40,9 @@ from llava_engine.runtime.sequence import Picture, Sequence
 from llava_engine.text.detokenizer import Detokenizer
 from llava_engine.text.prompt import build_prompt, check_length
 from llava_engine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llava_engine.image.fetch import Fetcher
 
 logger = logging.getLogger(__name__)
 
@@ -54,25 +59,32 @@ class ModelBackend:
         config: EngineConfig,
         device: str,
         kv_mb: int,
-        progress: Progress | None = None,
+        progress: Progress,
+        stages: Stages,
     ) -> None:
         """Raises ModelError or MemoryExhausted."""
         self._info = info
         self._config = config
         self._kv_bytes = kv_mb << 20
         self._device = torch.device(device)
+        self._stages = stages
+        if self._device.type == "cuda":
+            with stages("context"):
+                torch.cuda.synchronize(self._device)  # makes one where there is none
         if config.kernels == "auto":
-            require_kernels(self._device)
+            with stages("library"):
+                require_kernels(self._device)
         require_attention(config.attention, self._device)
-        self._decode_jpeg = jpeg_decoder(config.image_decode, self._device)
         self._decode_jpeg = jpeg_decoder(config.image_decode, self._device)
         dtype = _dtype(config, device)
         if config.prefill == "fp8":
             require_fp8(self._device, dtype, references=config.kernels == "reference")
         self._baseline = self._reserved()
-        self._tokenizer = Tokenizer.from_directory(directory)
+        with stages("tokenizer"):
+            self._tokenizer = Tokenizer.from_directory(directory)
         self._processor = ImageProcessorConfig.from_directory(directory)
-        model = load_model(directory, device=self._device, dtype=dtype, progress=progress)
+        with stages("weights"):
+            model = load_model(directory, device=self._device, dtype=dtype, progress=progress)
         self._model_config = model.config
         side = model.config.vision.image_size
         if self._processor.output_size != (side, side):
@@ -80,20 +92,18 @@ class ModelBackend:
                 f"The image processor makes pictures of {self._processor.output_size}, the vision "
                 f"tower takes {(side, side)}."
             )
-        self._fetcher = Fetcher(
-            max_bytes=config.max_image_bytes,
-            timeout=config.fetch_timeout,
-            allow_hosts=config.allow_hosts,
-        )
+        self._fetcher: Fetcher | None = None
+        self._fetcher_lock = threading.Lock()
+        self._closed = False
         self._pictures = PictureCache(
             self._processor,
             max_bytes=config.max_image_bytes,
             max_pixels=config.max_image_pixels,
             capacity=config.pixel_cache_mb << 20,
             decode_jpeg=self._decode_jpeg,
-            decode_jpeg=self._decode_jpeg,
         )
-        self._runtime = DeviceRuntime(model, device=self._device, config=config)
+        with stages("kv cache, graphs"):
+            self._runtime = DeviceRuntime(model, device=self._device, config=config)
 
     def add_worker(self, name: str) -> None:
         """Grow the KV cache by a worker's share.
@@ -104,7 +114,7 @@ class ModelBackend:
         if self._config.kv_cache_mb is None and not self._runtime.num_blocks:
             blocks = -(-self._runtime.max_model_len // self._config.block_size)
             share = max(share, blocks * self._runtime.kv_block_bytes)
-        with _telling_loss(self._device):
+        with _telling_loss(self._device), self._stages("kv cache, graphs"):
             try:
                 self._runtime.add_worker(name, share)
             except MemoryExhausted:
@@ -141,10 +151,11 @@ class ModelBackend:
 
     def close(self) -> None:
         """See Backend."""
-        self._fetcher.close()
+        with self._fetcher_lock:
+            self._closed = True
+            if self._fetcher is not None:
+                self._fetcher.close()
         self._pictures.close()
-        if self._decode_jpeg is not None:
-            self._decode_jpeg.close()
         if self._decode_jpeg is not None:
             self._decode_jpeg.close()
         self._runtime.close()
@@ -153,7 +164,7 @@ class ModelBackend:
         """See Backend."""
         assert request.url is not None
         check_length(request.query, self._runtime.max_model_len)
-        return self._fetcher.fetch(request.url, request.channel.deadline)
+        return self._open_fetcher().fetch(request.url, request.channel.deadline)
 
     def start(self, request: Request, worker: str) -> None:
         """See Backend."""
@@ -188,6 +199,21 @@ class ModelBackend:
                 worker=worker,
             )
         )
+
+    def _open_fetcher(self) -> Fetcher:
+        """Made for the first URL: its HTTP client would make every cold start longer."""
+        from llava_engine.image.fetch import Fetcher
+
+        with self._fetcher_lock:
+            if self._closed:
+                raise WorkerDied("The worker has ended.")
+            if self._fetcher is None:
+                self._fetcher = Fetcher(
+                    max_bytes=self._config.max_image_bytes,
+                    timeout=self._config.fetch_timeout,
+                    allow_hosts=self._config.allow_hosts,
+                )
+            return self._fetcher
 
     def _reserved(self) -> int:
         if self._device.type != "cuda":
@@ -238,16 +264,18 @@ def _telling_loss(device: torch.device) -> Iterator[None]:
 
 
 def load_worker_model(
-    info: ModelInfo, config: EngineConfig, device: str, progress: Progress
+    info: ModelInfo, config: EngineConfig, device: str, progress: Progress, stages: Stages
 ) -> ModelBackend:
     """Find the checkpoint, downloading it if need be, and load it onto `device`.
 
-    progress: called as in network.weights. Raises ModelError, MemoryExhausted or DeviceLost.
+    progress: called as in network.weights. stages: told how long it all takes. Raises ModelError,
+    MemoryExhausted or DeviceLost.
     """
     kv_mb = kv_share_mb(info, config, device)
-    directory = resolve(info)
+    with stages("checkpoint"):
+        directory = resolve(info)
     with _telling_loss(torch.device(device)):
-        return ModelBackend(directory, info, config, device, kv_mb, progress)
+        return ModelBackend(directory, info, config, device, kv_mb, progress, stages)
 
 
 def _dtype(config: EngineConfig, device: str) -> torch.dtype:

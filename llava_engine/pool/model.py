@@ -8,12 +8,14 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from llava_engine.pool.breaker import CircuitBreaker
 from llava_engine.pool.request import Request
 from llava_engine.pool.sizing import DeviceMemory, Need
+from llava_engine.pool.stages import Stages
 from llava_engine.pool.worker import LIVE, Backend, Loader, Worker, WorkerState
 
 _KEPT = 256  # latencies
@@ -24,13 +26,17 @@ class ModelSpec:
     """How the pool can bring up workers of a model.
 
     loader: loads it onto a device. need: what its workers take on a device of that name. devices:
-    where it may run, given the GPUs and the host. All are called on threads of the pool.
+    where it may run, given the GPUs and the host. warm_up: what a cold start can do before it knows
+    the device, and hold until it is over. All are called on threads of the pool. stages: where it
+    is told how long they take.
     """
 
     registry_key: str
     loader: Loader
     need: Callable[[str], Need]
     devices: Callable[[list[DeviceMemory], DeviceMemory], list[DeviceMemory]]
+    warm_up: Callable[[], AbstractContextManager[None]] = nullcontext
+    stages: Stages = field(default_factory=Stages)
 
 
 @dataclass(eq=False, slots=True)
@@ -140,6 +146,7 @@ class Model:
                 }
                 for worker in self.workers
             ],
+            "cold_start": self.spec.stages.seconds(),
             "queue_depth": self.queue_depth,
             "running": len(self.live) - self.queue_depth,
             "outcomes": dict(self.outcomes),

@@ -15,8 +15,8 @@ from typing import Any
 
 from llava_engine.config import PoolConfig
 from llava_engine.errors import CircuitOpen, LlavaError, NoWorkers, PoolError, PoolOverloaded
-from llava_engine.image.fetch import check_url
 from llava_engine.image.load import check_image
+from llava_engine.image.url import check_url
 from llava_engine.pool import maintenance
 from llava_engine.pool.breaker import BreakerState
 from llava_engine.pool.life import Life
@@ -149,8 +149,9 @@ class WorkerPool:
         return self._describe(registry_key, query, sampling, timeout, priority, cache_salt, url=url)
 
     def health(self) -> dict[str, Any]:
-        """A JSON-able record: per model its state, workers, queue depth and latencies; per device
-        the memory in MiB. Devices appear once a worker was spawned."""
+        """A JSON-able record: per model its state, workers, queue depth, latencies and what the
+        stages of its last cold start took, in seconds; per device the memory in MiB. Devices appear
+        once a worker was spawned."""
         self._check_process()
         state = self._state
         memory = [*state.probe.gpus(), state.probe.host()] if state.probed else []

@@ -80,6 +80,16 @@ class Spawn:
         self.done.set_exception(error)
 
     def _spawn(self) -> None:
+        spec = self._model.spec
+        with self._state.lock:
+            cold = not self._model.live_workers
+        if not cold:
+            self._spawn_workers()
+            return
+        with spec.stages.cold_start(), spec.warm_up():
+            self._spawn_workers()
+
+    def _spawn_workers(self) -> None:
         reserved = self._reserve()
         with self._state.lock:
             first = {site.device for site in self._model.sites.values() if not site.dead}
@@ -149,7 +159,8 @@ class Spawn:
         state, model = self._state, self._model
         with state.planning:
             while True:
-                gpus, host = state.probe.gpus(), state.probe.host()
+                with model.spec.stages("memory"):
+                    gpus, host = state.probe.gpus(), state.probe.host()
                 state.probed = True
                 devices = self._working(model.spec.devices(gpus, host))
                 need = model.spec.need(devices[0].name)
