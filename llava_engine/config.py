@@ -32,7 +32,7 @@ class EngineConfig:
     prefill: "exact" computes prefill in the model's type. "fp8" is faster and less accurate: in
         steps of many rows the products of the decoder's layers are of 8-bit numbers (e4m3, a scale
         per token and per output), for which the weights are kept a second time, at half their size.
-        It needs CUDA, Hopper or later, and a model in 16 bits. Decoding is the same with both.
+        It needs a Hopper GPU and a model in 16 bits. Decoding is the same with both.
     programmatic_launch: let the kernels of a decoding step start before their predecessors end, on
         GPUs that can (Hopper and later).
     block_size: tokens per KV block.
@@ -44,9 +44,6 @@ class EngineConfig:
     pixel_cache_mb: host memory for the prepared pixels of recent pictures, in MiB, so that the same
         file, in whatever request, is decoded once; 0 keeps none.
     max_image_bytes, max_image_pixels: limits of one encoded picture.
-    image_decode: who decodes JPEGs. "cpu" is libjpeg-turbo, to the bit; "gpu" is nvImageCodec (the
-        extra gpu-decode, CUDA alone) for plain ones, whose pixels differ a little; see
-        image.gpu_decode.
     image_decode: who decodes JPEGs. "cpu" is libjpeg-turbo, to the bit; "gpu" is nvImageCodec (the
         extra gpu-decode, CUDA alone) for plain ones, whose pixels differ a little; see
         image.gpu_decode.
@@ -71,7 +68,6 @@ class EngineConfig:
     pixel_cache_mb: int = 128
     max_image_bytes: int = 32 << 20
     max_image_pixels: int = 64 << 20
-    image_decode: Literal["cpu", "gpu"] = "cpu"
     image_decode: Literal["cpu", "gpu"] = "cpu"
     fetch_timeout: float = 10.0
     allow_hosts: tuple[str, ...] = ()

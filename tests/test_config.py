@@ -10,12 +10,14 @@ from llava_engine import EngineConfig, PoolConfig
 def test_environment_sets_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAVA_ENGINE_DEVICE", "cuda:1")
     monkeypatch.setenv("LLAVA_ENGINE_KV_CACHE_MB", "512")
+    monkeypatch.setenv("LLAVA_ENGINE_PREFILL", "fp8")
     monkeypatch.setenv("LLAVA_ENGINE_FETCH_TIMEOUT", "2.5")
     monkeypatch.setenv("LLAVA_ENGINE_ALLOW_HOSTS", "localhost, 10.0.0.1")
     monkeypatch.setenv("LLAVA_ENGINE_MAX_WORKERS", "4")
     monkeypatch.setenv("LLAVA_ENGINE_DEFAULT_TIMEOUT", "none")
     engine, pool = EngineConfig.from_env(), PoolConfig.from_env()
     assert (engine.device, engine.kv_cache_mb, engine.fetch_timeout) == ("cuda:1", 512, 2.5)
+    assert engine.prefill == "fp8"
     assert engine.allow_hosts == ("localhost", "10.0.0.1")
     assert (pool.max_workers, pool.default_timeout) == (4, None)
 
@@ -43,6 +45,7 @@ def test_a_variable_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch
         (EngineConfig, "device", "tpu", ValueError),
         (EngineConfig, "device", "cuda:x", ValueError),
         (EngineConfig, "dtype", "int8", TypeError),
+        (EngineConfig, "prefill", "fp4", TypeError),
         (EngineConfig, "block_size", 0, ValueError),
         (EngineConfig, "block_size", "64", TypeError),
         (EngineConfig, "kv_cache_mb", -1, ValueError),

@@ -38,8 +38,10 @@ class Fp8Weight:
         return self.values.nbytes + self.scales.nbytes
 
 
-def fp8_linear(x: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
-    """x [T, inputs] @ weight.T in fp8, [T, outputs] of x's type; in plain torch.
+def fp8_linear(
+    x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [T, inputs] @ weight.T + bias in fp8, [T, outputs] of x's type; in plain torch, anywhere.
 
     x is quantised row by row. What an fp8 product has to agree with: products of e4m3 numbers,
     summed in float32.
@@ -48,7 +50,8 @@ def fp8_linear(x: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
     scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
     quantize_rows(values, scales, x)
     sums = F.linear(values.float(), weight.values.float())
-    return (sums * scales.unsqueeze(1) * weight.scales).to(x.dtype)
+    result = sums * scales.unsqueeze(1) * weight.scales
+    return (result if bias is None else result + bias).to(x.dtype)
 
 
 def require_fp8(device: torch.device, dtype: torch.dtype, *, references: bool) -> None:
@@ -67,8 +70,8 @@ def require_fp8(device: torch.device, dtype: torch.dtype, *, references: bool) -
     if dtype == torch.float32:
         raise UnsupportedModel(f"{wanted} is for models in 16 bits, and this one is in float32")
     capability = torch.cuda.get_device_capability(device)
-    if capability < (9, 0):
+    if capability[0] != 9:
         raise UnsupportedModel(
-            f"{wanted} needs a GPU of compute capability 9.0 (Hopper) or later; "
+            f"{wanted} needs a Hopper GPU (compute capability 9.0); "
             f"{device} has {capability[0]}.{capability[1]}"
         )

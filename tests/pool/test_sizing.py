@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -278,6 +279,17 @@ def test_estimates_follow_the_dtype_and_the_kv_share() -> None:
     assert kv_share_mb(info, given, "cuda:0") == 1000
     kv = kv_share_mb(info, plain, "cuda:0")
     assert estimate_need(info, given, "cuda:0") == Need(20_480 - kv + 1000, 6_144 - kv + 1000, 3072)
+
+
+def test_fp8_copies_come_with_the_weights() -> None:
+    """One byte beside two: half of what a first worker takes more than the next."""
+    info = lookup("llava-1.5-7b")
+    config = EngineConfig(prefill="fp8", pixel_cache_mb=0)
+    assert estimate_need(info, config, "cuda:0") == Need(20_480 + 7_168, 6_144, 3_072)
+    seven_b = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)  # bytes of the decoder's layers in fp8
+    assert seven_b / (1 << 20) < 7_168
+    alone = replace(info, est_worker_share_mb=None)
+    assert estimate_need(alone, config, "cuda:0") == Need(20_480 + 7_680, 20_480 + 7_680, 3_072)
 
 
 def test_kept_pixels_are_the_hosts_wherever_the_model_is() -> None:
