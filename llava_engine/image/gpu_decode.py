@@ -196,8 +196,12 @@ class _CudaLane:
         self._image: Any = None
 
     def __call__(self, jpeg: bytes) -> Pixels | None:
+        try:
+            source = self._codec.CodeStream(jpeg)
+        except Exception:  # it cannot be parsed; the lane is none the worse
+            return None
         image = self._decoder.decode(
-            self._codec.CodeStream(jpeg),
+            source,
             image=self._image,
             params=self._params,
             cuda_stream=self._stream.cuda_stream,
