@@ -291,8 +291,8 @@ def linears(rows: int) -> Iterator[Case]:
 
 def projector(rows: int) -> Case:
     def make() -> tuple[Call, Call]:
-        features, w1, w2 = half(rows, 1024), half(HIDDEN, 1024), half(HIDDEN, HIDDEN)
-        b1, b2, out = half(HIDDEN), half(HIDDEN), half(rows, HIDDEN)
+        features, w1, w2 = half(1, rows, 1024), half(HIDDEN, 1024), half(HIDDEN, HIDDEN)
+        b1, b2, out = half(HIDDEN), half(HIDDEN), half(1, rows, HIDDEN)
         return (
             lambda: project(out, features, w1, b1, w2, b2),
             lambda: out.copy_(F.linear(F.gelu(F.linear(features, w1, b1)), w2, b2)),

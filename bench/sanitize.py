@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from llava_engine.kernels.activation import silu_mul
+from llava_engine.kernels.activation import quick_gelu, silu_mul
 from llava_engine.kernels.attention import attention_workspace, paged_attention
 from llava_engine.kernels.decode_step import advance
 from llava_engine.kernels.library import require_kernels
@@ -20,7 +20,13 @@ from llava_engine.kernels.linear import (
     norm_linear_silu_mul,
     norm_qkv_rope_append,
 )
-from llava_engine.kernels.norm import add_rms_norm, rms_norm
+from llava_engine.kernels.norm import (
+    add_layer_norm,
+    add_rms_norm,
+    embed_norm,
+    layer_norm,
+    rms_norm,
+)
 from llava_engine.kernels.projector import project
 from llava_engine.kernels.rope_kv import rope_append
 from llava_engine.kernels.sampling import sample
@@ -35,6 +41,10 @@ def norms() -> None:
             x = torch.ones(3, hidden, device=GPU, dtype=dtype)
             rms_norm(torch.empty_like(x), x, x[0], 1e-5)
             add_rms_norm(torch.empty_like(x), x.clone(), x, x[0], 1e-5)
+            layer_norm(torch.empty_like(x), x, x[0], x[1], 1e-5)
+            add_layer_norm(torch.empty_like(x), x.clone(), x, x[0], x[1], 1e-5)
+            out = x.new_empty(2, 3, hidden)
+            embed_norm(out, torch.ones_like(out[:, 1:]), x[0], x, x[0], x[1], 1e-5)
 
 
 def activations() -> None:
@@ -42,6 +52,7 @@ def activations() -> None:
         for wide in (200, 33):
             gate_up = torch.ones(3, 2 * wide, device=GPU, dtype=dtype)
             silu_mul(gate_up.new_empty(3, wide), gate_up)
+            quick_gelu(gate_up, gate_up)
 
 
 def ropes() -> None:
@@ -78,9 +89,10 @@ def linears() -> None:
 
 def projectors() -> None:
     for dtype in TYPES:
-        x = torch.ones(7, 24, device=GPU, dtype=dtype)
+        x = torch.ones(3, 8, 24, device=GPU, dtype=dtype)[:, 1:]
         weight = torch.ones(24, 24, device=GPU, dtype=dtype)
-        project(torch.empty_like(x), x, weight, weight[0], weight, None)
+        project(x.new_empty(x.shape), x, weight, weight[0], weight, None)
+        project(x.new_empty(1, 7, 24), x[:1], weight, weight[0], weight, None)
 
 
 def attentions() -> None:

@@ -1,4 +1,5 @@
-// silu(gate) * up between a layer's two MLP products.
+// What stands between a layer's two MLP products: silu(gate) * up in the decoder, quick-GELU in the
+// vision tower.
 #include "common.cuh"
 #include "ops.h"
 
@@ -6,6 +7,7 @@ namespace llava_engine {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kItems = 2;  // loads that a thread of quick_gelu_kernel has in flight
 
 template <typename T, int N>
 __global__ void silu_mul_kernel(T* __restrict__ out, const T* __restrict__ gate_up, int wide) {
@@ -24,6 +26,38 @@ __global__ void silu_mul_kernel(T* __restrict__ out, const T* __restrict__ gate_
   store(out + row * wide + i, up);
 }
 
+// x * sigmoid(1.702 x). The quick exponential and division are exact enough for 16 bits alone.
+template <typename T>
+__device__ float quick_gelu(float x) {
+  if constexpr (sizeof(T) == 2) {
+    return __fdividef(x, 1.0f + __expf(-1.702f * x));
+  } else {
+    return x / (1.0f + expf(-1.702f * x));
+  }
+}
+
+// Not __restrict__: out may be x.
+template <typename T, int N>
+__global__ void quick_gelu_kernel(T* out, const T* x, int64_t count) {
+  launch_dependents();
+  wait_for_predecessor();
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kItems * kThreads + threadIdx.x) * N;
+  float values[kItems][N];
+#pragma unroll
+  for (int item = 0; item < kItems; ++item) {
+    const int64_t i = first + item * kThreads * N;
+    if (i < count) load(x + i, values[item]);
+  }
+#pragma unroll
+  for (int item = 0; item < kItems; ++item) {
+    const int64_t i = first + item * kThreads * N;
+    if (i >= count) return;
+#pragma unroll
+    for (int j = 0; j < N; ++j) values[item][j] = quick_gelu<T>(values[item][j]);
+    store(out + i, values[item]);
+  }
+}
+
 }  // namespace
 
 void silu_mul(Tensor out, Tensor gate_up) {
@@ -40,6 +74,22 @@ void silu_mul(Tensor out, Tensor gate_up) {
     const dim3 grid(rows, ceil_div<int64_t>(items, kThreads));
     const auto kernel = vectors ? silu_mul_kernel<T, kVector> : silu_mul_kernel<T, 1>;
     launch_chained(kernel, grid, kThreads, 0, to.stream(), data<T>(out), data<T>(gate_up), wide);
+  });
+}
+
+void quick_gelu(Tensor out, Tensor x) {
+  const int64_t count = x.numel();
+  check_dense(x, "x");
+  check_column(out, x.scalar_type(), count, "out");
+  if (count == 0) return;
+  const bool vectors = count % kVector == 0 && aligned(out) && aligned(x);
+  const Launch to(x);
+  by_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t items = vectors ? count / kVector : count;
+    const auto kernel = vectors ? quick_gelu_kernel<T, kVector> : quick_gelu_kernel<T, 1>;
+    launch_chained(kernel, ceil_div<int64_t>(items, kItems * kThreads), kThreads, 0, to.stream(),
+                   data<T>(out), data<T>(x), count);
   });
 }
 

@@ -7,6 +7,9 @@
 STABLE_TORCH_LIBRARY_IMPL(llava_engine, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&llava_engine::rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&llava_engine::add_rms_norm));
+  m.impl("layer_norm", TORCH_BOX(&llava_engine::layer_norm));
+  m.impl("add_layer_norm", TORCH_BOX(&llava_engine::add_layer_norm));
+  m.impl("embed_norm", TORCH_BOX(&llava_engine::embed_norm));
   m.impl("quantize_rows", TORCH_BOX(&llava_engine::quantize_rows));
   m.impl("rms_norm_fp8", TORCH_BOX(&llava_engine::rms_norm_fp8));
   m.impl("add_rms_norm_fp8", TORCH_BOX(&llava_engine::add_rms_norm_fp8));
@@ -19,8 +22,11 @@ STABLE_TORCH_LIBRARY_IMPL(llava_engine, CUDA, m) {
   m.impl("matmul_silu_mul", TORCH_BOX(&llava_engine::matmul_silu_mul));
   m.impl("matmul_rope_append", TORCH_BOX(&llava_engine::matmul_rope_append));
   m.impl("silu_mul", TORCH_BOX(&llava_engine::silu_mul));
+  m.impl("quick_gelu", TORCH_BOX(&llava_engine::quick_gelu));
   m.impl("rope_append", TORCH_BOX(&llava_engine::rope_append));
   m.impl("paged_attention", TORCH_BOX(&llava_engine::paged_attention));
+  m.impl("resample", TORCH_BOX(&llava_engine::resample));
+  m.impl("write_patches", TORCH_BOX(&llava_engine::write_patches));
   m.impl("project", TORCH_BOX(&llava_engine::project));
   m.impl("sample", TORCH_BOX(&llava_engine::sample));
   m.impl("advance", TORCH_BOX(&llava_engine::advance));

@@ -86,7 +86,8 @@ __device__ inline float warp_max(float x) {
   return x;
 }
 
-// The sum over a block of whole warps, in every thread. Called once per kernel.
+// The sum over a block of whole warps, in every thread. Called once per kernel, or with a
+// __syncthreads in between.
 __device__ inline float block_sum(float x) {
   __shared__ float sums[kWarp];
   const int lane = threadIdx.x % kWarp;

@@ -14,6 +14,10 @@ using torch::stable::Tensor;
 // norm.cu
 void rms_norm(Tensor out, Tensor x, Tensor weight, double eps);
 void add_rms_norm(Tensor out, Tensor residual, Tensor x, Tensor weight, double eps);
+void layer_norm(Tensor out, Tensor x, Tensor weight, Tensor bias, double eps);
+void add_layer_norm(Tensor out, Tensor residual, Tensor x, Tensor weight, Tensor bias, double eps);
+void embed_norm(Tensor out, Tensor patches, Tensor class_token, Tensor positions, Tensor weight,
+                Tensor bias, double eps);
 
 // fp8.cu
 void quantize_rows(Tensor out, Tensor scales, Tensor x);
@@ -44,6 +48,7 @@ void matmul_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Tens
 
 // activation.cu
 void silu_mul(Tensor out, Tensor gate_up);
+void quick_gelu(Tensor out, Tensor x);
 
 // rope_kv.cu
 void rope_append(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions,
@@ -53,6 +58,11 @@ void rope_append(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions,
 void paged_attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,
                      Tensor query_start, Tensor context_lens, Tensor workspace,
                      int64_t max_query_len, double scale);
+
+// preprocess.cu
+void resample(Tensor out, Tensor pixels, Tensor taps, int64_t axis);
+void write_patches(Tensor out, Tensor pixels, Tensor taps, int64_t axis, Tensor levels,
+                   int64_t patch, int64_t height, int64_t width, int64_t top, int64_t left);
 
 // projector.cu
 void project(Tensor out, Tensor features, Tensor w1, std::optional<Tensor> b1, Tensor w2,

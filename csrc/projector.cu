@@ -1,6 +1,10 @@
-// The projector: two products through cuBLAS, the second straight into the embedding rows, and the
-// exact GELU between them in place. cuBLASLt's own GELU epilogue is the tanh form, so it cannot
-// serve; the bias is in the products' epilogues.
+// The projector: two products through cuBLAS, the second straight into the rows that the caller
+// gives, and the exact GELU between them. cuBLASLt's own GELU epilogue is the tanh form, so it
+// cannot serve; the bias is in the products' epilogues.
+//
+// The class tokens between the pictures' patches are dropped by addressing: the first product takes
+// all rows from the first picture's first patch to the last one's last, and the GELU, which has to
+// read and write every row anyway, leaves the few between pictures out.
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
@@ -13,17 +17,29 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// Block (elements, picture). count: elements of a picture in out, where pictures lie one behind the
+// other. stride: from a picture to the next in x. Not __restrict__: out may be x.
 template <typename T, int N>
-__global__ void gelu_kernel(T* x, int64_t count) {
+__global__ void gelu_kernel(T* out, const T* x, int64_t count, int64_t stride) {
+  launch_dependents();
+  wait_for_predecessor();
+  const int64_t picture = blockIdx.y;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
   if (i >= count) return;
   float values[N];
-  load(x + i, values);
+  load(x + picture * stride + i, values);
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     values[j] = values[j] * 0.5f * (1.0f + erff(values[j] * 0.70710678118654752440f));
   }
-  store(x + i, values);
+  store(out + picture * count + i, values);
+}
+
+// A matrix of dense rows in the memory of `tensor`.
+Tensor rows_of(const Tensor& tensor, int64_t rows, int64_t columns) {
+  const std::array<int64_t, 2> sizes{rows, columns}, strides{columns, 1};
+  return torch::stable::from_blob(tensor.data_ptr(), sizes, strides, tensor.device(),
+                                  tensor.scalar_type());
 }
 
 // out = input @ weight.T + bias
@@ -38,27 +54,48 @@ void linear_out(const Tensor& out, const Tensor& input, const Tensor& weight,
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// How many rows lie from one picture to the next; the rows themselves have to be dense.
+int64_t picture_rows(const Tensor& tensor, const char* name) {
+  const int64_t pictures = tensor.size(0), rows = tensor.size(1), columns = tensor.size(2);
+  STD_TORCH_CHECK(tensor.is_cuda(), name, " must be on the GPU");
+  STD_TORCH_CHECK(tensor.stride(2) == 1 && (rows == 1 || tensor.stride(1) == columns), name,
+                  " must have dense rows, one behind the other");
+  if (pictures == 1) return rows;
+  STD_TORCH_CHECK(tensor.stride(0) % columns == 0 && tensor.stride(0) >= rows * columns, name,
+                  " must have its pictures apart by whole rows");
+  return tensor.stride(0) / columns;
+}
+
 }  // namespace
 
 void project(Tensor out, Tensor features, Tensor w1, std::optional<Tensor> b1, Tensor w2,
              std::optional<Tensor> b2) {
-  STD_TORCH_CHECK(features.dim() == 2 && w1.dim() == 2, "features and w1 must be matrices");
+  STD_TORCH_CHECK(features.dim() == 3 && out.dim() == 3 && w1.dim() == 2,
+                  "features must be [n, patches, in], out [n, patches, hidden], w1 a matrix");
   check_dense(out, "out");
-  if (features.size(0) == 0) return;
-  Tensor middle = torch::stable::new_empty(features, {features.size(0), w1.size(0)});
-  linear_out(middle, features, w1, b1);
+  const int64_t pictures = features.size(0), patches = features.size(1), hidden = w1.size(0);
+  if (pictures * patches == 0) return;
+  const int64_t apart = picture_rows(features, "features");
+  const int64_t rows = (pictures - 1) * apart + patches;
+  Tensor middle = torch::stable::new_empty(features, {rows, hidden});
+  linear_out(middle, rows_of(features, rows, features.size(2)), w1, b1);
+
+  const bool dense = apart == patches;
+  Tensor active = dense ? middle : torch::stable::new_empty(features, {pictures * patches, hidden});
+  const int64_t groups = dense ? 1 : pictures;
+  STD_TORCH_CHECK(groups <= 65535, "too many pictures at once");
+  const int64_t count = active.numel() / groups, stride = apart * hidden;
   const Launch to(out);
   by_type(middle, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t count = middle.numel();
-    const bool vectors = count % kVector == 0;
+    const bool vectors = count % kVector == 0 && stride % kVector == 0;
     const int64_t items = vectors ? count / kVector : count;
+    const dim3 grid(ceil_div<int64_t>(items, kThreads), groups);
     const auto kernel = vectors ? gelu_kernel<T, kVector> : gelu_kernel<T, 1>;
-    kernel<<<ceil_div<int64_t>(items, kThreads), kThreads, 0, to.stream()>>>(data<T>(middle),
-                                                                            count);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_chained(kernel, grid, kThreads, 0, to.stream(), data<T>(active), data<T>(middle), count,
+                   stride);
   });
-  linear_out(out, middle, w2, b2);
+  linear_out(rows_of(out, pictures * patches, out.size(2)), active, w2, b2);
 }
 
 }  // namespace llava_engine

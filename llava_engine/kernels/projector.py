@@ -18,8 +18,10 @@ def project(
 ) -> None:
     """out = gelu(features @ w1.T + b1) @ w2.T + b2, with the exact (erf) GELU.
 
-    out: [N, hidden]. features: [N, in]. w1: [hidden, in]; w2: [hidden, hidden]; b1, b2: [hidden] or
-    None. All of one dtype (Liu et al. 2023, LLaVA-1.5).
+    features: [n, patches, in], of n pictures; each one's rows are dense, and the pictures may lie
+    any number of whole rows apart, so that class tokens are left out by addressing. out:
+    [n, patches, hidden], dense. w1: [hidden, in]; w2: [hidden, hidden]; b1, b2: [hidden] or None.
+    All of one dtype (Liu et al. 2023, LLaVA-1.5).
     """
     _project(out, features, w1, b1, w2, b2)
 

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from llava_engine.kernels.activation import quick_gelu
+from llava_engine.kernels.dense_attention import dense_attention
+from llava_engine.kernels.norm import embed_norm
 from llava_engine.network.config import VisionConfig
 from llava_engine.network.layers import ACTIVATIONS, LayerNorm, Linear, Placement, Slot
 
@@ -55,14 +58,31 @@ class VisionTower:
 
     def __call__(self, patches: torch.Tensor) -> torch.Tensor:
         """Rows of patch_rows [n, patches, width] to [n, 1 + patches, hidden * feature layers]."""
-        first = self._class_embedding.expand(len(patches), 1, -1)
-        embedded = torch.cat((first, self._patches(patches)), dim=1)
-        x = self._pre_norm(embedded + self._position_embedding)
-        states = [x]
-        for layer in self._layers:
-            x = layer(x)
-            states.append(x)
-        wanted = [states[index] for index in self._feature_layers]
+        n, hidden = len(patches), len(self._class_embedding)
+        embedded = self._patches(patches)
+        states = patches.new_empty(n, len(self._position_embedding), hidden)
+        norm = self._pre_norm
+        embed_norm(
+            states,
+            embedded,
+            self._class_embedding,
+            self._position_embedding,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+        )
+        residual = states.view(-1, hidden)
+        x = torch.empty_like(residual)
+        pending = None
+        kept = {}
+        for index, layer in enumerate(self._layers):
+            if index in self._feature_layers:
+                kept[index] = states + (0 if pending is None else pending.view_as(states))
+            pending = layer(residual, pending, x, n)
+        if pending is not None:
+            residual += pending
+        kept[len(self._layers)] = states
+        wanted = [kept[index] for index in self._feature_layers]
         return wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=-1)
 
     def slots(self) -> Iterator[Slot]:
@@ -78,7 +98,7 @@ class _Layer:
     def __init__(self, config: VisionConfig, place: Placement) -> None:
         hidden, eps = config.hidden_size, config.layer_norm_eps
         self._num_heads = config.num_heads
-        self._activation = ACTIVATIONS[config.hidden_act]
+        self._hidden_act = config.hidden_act
         self._norm1 = LayerNorm(hidden, eps, place)
         self._qkv = Linear(hidden, 3 * hidden, True, place)
         self._out = Linear(hidden, hidden, True, place)
@@ -86,13 +106,28 @@ class _Layer:
         self._fc1 = Linear(hidden, config.intermediate_size, True, place)
         self._fc2 = Linear(config.intermediate_size, hidden, True, place)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        n, tokens, hidden = x.shape
-        qkv = self._qkv(self._norm1(x)).view(n, tokens, 3, self._num_heads, -1)
+    def __call__(
+        self, residual: torch.Tensor, pending: torch.Tensor | None, x: torch.Tensor, n: int
+    ) -> torch.Tensor | None:
+        """Hidden states of n pictures to the next ones, as residual + pending; returns the latter.
+
+        residual: [n * tokens, hidden], written. pending: its like, or None for nothing; so that it
+        can be added where the next norm reads them. x: their like, for what comes between.
+        """
+        self._norm1(x, residual, pending)
+        self._norm2(x, residual, self._attend(x, n))
+        return self._fc2(self._activated(self._fc1(x)))
+
+    def _attend(self, x: torch.Tensor, n: int) -> torch.Tensor:
+        qkv = self._qkv(x).view(n, len(x) // n, 3, self._num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        attended = F.scaled_dot_product_attention(q, k, v)
-        x = x + self._out(attended.transpose(1, 2).reshape(n, tokens, hidden))
-        return x + self._fc2(self._activation(self._fc1(self._norm2(x))))
+        return self._out(dense_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        if self._hidden_act != "quick_gelu":
+            return ACTIVATIONS[self._hidden_act](x)
+        quick_gelu(x, x)
+        return x
 
     def slots(self, prefix: str) -> Iterator[Slot]:
         hidden, wide = self._out.weight.shape[0], self._fc1.weight.shape[0]

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 
+from llava_engine.kernels.norm import add_layer_norm, layer_norm
 from llava_engine.quant.fp8 import Fp8Weight
 
 Slot: TypeAlias = tuple[str, torch.Tensor]
@@ -87,8 +88,15 @@ class LayerNorm:
         self.bias = place.empty(size)
         self.eps = eps
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+    def __call__(
+        self, out: torch.Tensor, x: torch.Tensor, pending: torch.Tensor | None = None
+    ) -> None:
+        """x += pending where there is such, then out = norm(x). All [T, size]; out may not be x
+        with pending."""
+        if pending is None:
+            layer_norm(out, x, self.weight, self.bias, self.eps)
+        else:
+            add_layer_norm(out, x, pending, self.weight, self.bias, self.eps)
 
     def slots(self, name: str) -> Iterator[Slot]:
         yield f"{name}.weight", self.weight

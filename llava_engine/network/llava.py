@@ -53,22 +53,22 @@ class LlavaModel:
         alone, unless they are there. The weights must be filled."""
         self._decoder.quantize()
 
-    def encode_images(self, patches: torch.Tensor) -> torch.Tensor:
+    def encode_images(
+        self, patches: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Rows of network.clip.patch_rows [n, patches, width], in the model's dtype, to embedding
-        rows [n, image_tokens, hidden]."""
+        rows [n, image_tokens, hidden]: `rows`, dense, where it is given."""
         features = self._tower(patches)
         if self.config.drop_class_token:
             features = features[:, 1:]
-        flat = features.reshape(-1, features.shape[-1])
+        if rows is None:
+            rows = features.new_empty(*features.shape[:2], self.config.text.hidden_size)
         first, second = self._projector1, self._projector2
         if self.config.projector_hidden_act == "gelu":
-            rows = torch.empty(
-                len(flat), self.config.text.hidden_size, dtype=self.dtype, device=flat.device
-            )
-            project(rows, flat, first.weight, first.bias, second.weight, second.bias)
+            project(rows, features, first.weight, first.bias, second.weight, second.bias)
         else:
-            rows = second(ACTIVATIONS[self.config.projector_hidden_act](first(flat)))
-        return rows.view(len(patches), self.config.image_tokens, -1)
+            rows.copy_(second(ACTIVATIONS[self.config.projector_hidden_act](first(features))))
+        return rows
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Vocabulary ids int64 [T] to embedding rows [T, hidden]."""

@@ -67,7 +67,7 @@ class PictureEncoder:
         rows = like.new_empty(len(like), config.image_tokens, config.text.hidden_size)
 
         def encode() -> None:
-            rows.copy_(model.encode_images(patches))
+            model.encode_images(patches, rows)
 
         graph = graphs.capture(encode)
         return _Encoding(patches, rows, graph)

@@ -14,7 +14,6 @@ from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.attention import paged_attention
 from llava_engine.kernels.library import references
 from llava_engine.kernels.norm import add_rms_norm, rms_norm
-from llava_engine.kernels.projector import project
 from llava_engine.kernels.rope_kv import rope_append
 
 pytestmark = NEEDS_GPU
@@ -104,20 +103,6 @@ def test_rms_norm_takes_rows_that_are_not_aligned(generator: torch.Generator) ->
 def test_silu_mul(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> None:
     gate_up = normal(generator, shape[0], 2 * shape[1], dtype=dtype) * 4
     check(silu_mul, blank(*shape, dtype=dtype), gate_up)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("shape", [(1, 8, 16), (5, 9, 11), (577, 96, 200)], ids=str)
-def test_project(
-    shape: tuple[int, int, int], bias: bool, dtype: torch.dtype, generator: torch.Generator
-) -> None:
-    rows, inputs, hidden = shape
-    features = normal(generator, rows, inputs, dtype=dtype)
-    w1 = normal(generator, hidden, inputs, dtype=dtype) * inputs**-0.5
-    w2 = normal(generator, hidden, hidden, dtype=dtype) * hidden**-0.5
-    b1, b2 = (normal(generator, hidden, dtype=dtype) if bias else None for _ in range(2))
-    check(project, blank(rows, hidden, dtype=dtype), features, w1, b1, w2, b2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -18,7 +18,6 @@ from transformers.models.llama.modeling_llama import (
 from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.attention import paged_attention
 from llava_engine.kernels.norm import add_rms_norm, rms_norm
-from llava_engine.kernels.projector import project
 from llava_engine.kernels.rope_kv import rope_append
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -68,21 +67,6 @@ def test_silu_mul(shape: tuple[int, int], dtype: torch.dtype, generator: torch.G
     silu_mul(out, torch.cat((gate, up), dim=1))
     wide = gate.double()
     within_twice(out, F.silu(gate) * up, wide / (1 + (-wide).exp()) * up.double(), 1e-7)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_project(bias: bool, dtype: torch.dtype, generator: torch.Generator) -> None:
-    features, w1, w2 = (
-        torch.randn(shape, generator=generator).to(dtype) for shape in ((5, 9), (11, 9), (11, 11))
-    )
-    b1, b2 = torch.randn(2, 11, generator=generator).to(dtype) if bias else (None, None)
-    out = poisoned(5, 11, dtype=dtype)
-    project(out, features, w1, b1, w2, b2)
-    middle = features.double() @ w1.double().T + (b1.double() if b1 is not None else 0)
-    middle = middle * (1 + torch.erf(middle / 2**0.5)) / 2
-    truth = middle @ w2.double().T + (b2.double() if b2 is not None else 0)
-    within_twice(out, F.linear(F.gelu(F.linear(features, w1, b1)), w2, b2), truth, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -197,14 +181,12 @@ def _samples(generator: torch.Generator) -> dict[str, tuple[object, ...]]:
     context = PagedContext([(1, 5), (3, 6)], (4, 2, 8), torch.float32, generator)
     x = torch.randn(4, 6, generator=generator)
     weight = torch.randn(6, generator=generator)
-    square = torch.randn(6, 6, generator=generator)
     table = torch.randn(50, 8, generator=generator)
     rows = torch.arange(4)
     return {
         "rms_norm": (poisoned(4, 6), x, weight, 1e-5),
         "add_rms_norm": (poisoned(4, 6), x.clone(), x, weight, 1e-5),
         "silu_mul": (poisoned(4, 3), x),
-        "project": (poisoned(4, 6), x, square, weight, square, None),
         "rope_append": (
             torch.randn(4, 4, 8, generator=generator),
             torch.randn(4, 2, 8, generator=generator),
@@ -232,7 +214,7 @@ def _samples(generator: torch.Generator) -> dict[str, tuple[object, ...]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["rms_norm", "add_rms_norm", "silu_mul", "project", "rope_append", "paged_attention"],
+    ["rms_norm", "add_rms_norm", "silu_mul", "rope_append", "paged_attention"],
 )
 def test_schema_and_fake(name: str, generator: torch.Generator) -> None:
     """Each op mutates what its schema says and nothing else, and has a fake."""
