@@ -66,15 +66,21 @@ int64_t picture_rows(const Tensor& tensor, const char* name) {
   return tensor.stride(0) / columns;
 }
 
-}  // namespace
+void project_by_matmul(const Tensor& out, const Tensor& features, const Tensor& w1,
+                       const std::optional<Tensor>& b1, const Tensor& w2,
+                       const std::optional<Tensor>& b2) {
+  constexpr int64_t kNoActivation = 0, kGelu = 1;  // kernels/matmul.py
+  Tensor middle = torch::stable::new_empty(features, {features.size(1), w1.size(0)});
+  for (int64_t picture = 0; picture < features.size(0); ++picture) {
+    matmul_store(middle, torch::stable::select(features, 0, picture), w1, b1, kGelu);
+    matmul_store(torch::stable::select(out, 0, picture), middle, w2, b2, kNoActivation);
+  }
+}
 
-void project(Tensor out, Tensor features, Tensor w1, std::optional<Tensor> b1, Tensor w2,
-             std::optional<Tensor> b2) {
-  STD_TORCH_CHECK(features.dim() == 3 && out.dim() == 3 && w1.dim() == 2,
-                  "features must be [n, patches, in], out [n, patches, hidden], w1 a matrix");
-  check_dense(out, "out");
+void project_by_cublas(const Tensor& out, const Tensor& features, const Tensor& w1,
+                       const std::optional<Tensor>& b1, const Tensor& w2,
+                       const std::optional<Tensor>& b2) {
   const int64_t pictures = features.size(0), patches = features.size(1), hidden = w1.size(0);
-  if (pictures * patches == 0) return;
   const int64_t apart = picture_rows(features, "features");
   const int64_t rows = (pictures - 1) * apart + patches;
   Tensor middle = torch::stable::new_empty(features, {rows, hidden});
@@ -96,6 +102,23 @@ void project(Tensor out, Tensor features, Tensor w1, std::optional<Tensor> b1, T
                    stride);
   });
   linear_out(rows_of(out, pictures * patches, out.size(2)), active, w2, b2);
+}
+
+}  // namespace
+
+void project(Tensor out, Tensor features, Tensor w1, std::optional<Tensor> b1, Tensor w2,
+             std::optional<Tensor> b2) {
+  STD_TORCH_CHECK(features.dim() == 3 && out.dim() == 3 && w1.dim() == 2,
+                  "features must be [n, patches, in], out [n, patches, hidden], w1 a matrix");
+  check_dense(out, "out");
+  if (features.size(0) * features.size(1) == 0) return;
+  const Tensor picture = torch::stable::select(features, 0, 0),
+               row = torch::stable::select(out, 0, 0);
+  if (matmul_takes(picture, w1) && matmul_takes(row, w2)) {
+    project_by_matmul(out, features, w1, b1, w2, b2);
+  } else {
+    project_by_cublas(out, features, w1, b1, w2, b2);
+  }
 }
 
 }  // namespace llava_engine

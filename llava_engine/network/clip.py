@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from llava_engine.kernels import matmul
 from llava_engine.kernels.activation import quick_gelu
 from llava_engine.kernels.dense_attention import dense_attention
 from llava_engine.kernels.norm import embed_norm
@@ -18,6 +19,7 @@ from llava_engine.network.config import VisionConfig
 from llava_engine.network.layers import ACTIVATIONS, LayerNorm, Linear, Placement, Slot
 
 PREFIX = "vision_tower.vision_model"
+_LEAST_RESULTS = 1 << 20
 
 
 def patch_width(patch_size: int) -> int:
@@ -59,7 +61,7 @@ class VisionTower:
     def __call__(self, patches: torch.Tensor) -> torch.Tensor:
         """Rows of patch_rows [n, patches, width] to [n, 1 + patches, hidden * feature layers]."""
         n, hidden = len(patches), len(self._class_embedding)
-        embedded = self._patches(patches)
+        embedded = _product(self._patches, patches.flatten(0, 1)).view(n, -1, hidden)
         states = patches.new_empty(n, len(self._position_embedding), hidden)
         norm = self._pre_norm
         embed_norm(
@@ -115,19 +117,11 @@ class _Layer:
         can be added where the next norm reads them. x: their like, for what comes between.
         """
         self._norm1(x, residual, pending)
-        self._norm2(x, residual, self._attend(x, n))
-        return self._fc2(self._activated(self._fc1(x)))
-
-    def _attend(self, x: torch.Tensor, n: int) -> torch.Tensor:
-        qkv = self._qkv(x).view(n, len(x) // n, 3, self._num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        return self._out(dense_attention(q, k, v).transpose(1, 2).reshape(x.shape))
-
-    def _activated(self, x: torch.Tensor) -> torch.Tensor:
-        if self._hidden_act != "quick_gelu":
-            return ACTIVATIONS[self._hidden_act](x)
-        quick_gelu(x, x)
-        return x
+        qkv = _product(self._qkv, x).view(n, len(x) // n, 3, self._num_heads, -1)
+        attended = dense_attention(*qkv.permute(2, 0, 3, 1, 4).unbind())
+        pending = _added(residual, self._out, attended.transpose(1, 2).reshape(x.shape))
+        self._norm2(x, residual, pending)
+        return _added(residual, self._fc2, _product(self._fc1, x, self._hidden_act))
 
     def slots(self, prefix: str) -> Iterator[Slot]:
         hidden, wide = self._out.weight.shape[0], self._fc1.weight.shape[0]
@@ -138,3 +132,29 @@ class _Layer:
         yield from self._norm2.slots(f"{prefix}.layer_norm2")
         yield from self._fc1.slots({f"{prefix}.mlp.fc1": wide})
         yield from self._fc2.slots({f"{prefix}.mlp.fc2": hidden})
+
+
+def _worth_it(x: torch.Tensor, layer: Linear) -> bool:
+    """Whether kernels.matmul is the better one: with fewer results its tiles leave SMs idle."""
+    return len(x) * len(layer.weight) >= _LEAST_RESULTS and matmul.takes(x, layer.weight)
+
+
+def _product(layer: Linear, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
+    """activation(layer(x)), x being a matrix."""
+    if activation in matmul.ACTIVATIONS and _worth_it(x, layer):
+        y = x.new_empty(len(x), len(layer.weight))
+        matmul.matmul_store(y, x, layer.weight, layer.bias, activation)
+        return y
+    y = layer(x)
+    if activation == "quick_gelu":
+        quick_gelu(y, y)
+        return y
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def _added(residual: torch.Tensor, layer: Linear, x: torch.Tensor) -> torch.Tensor | None:
+    """Add layer(x) to residual, or return it where the next norm had better do that."""
+    if not _worth_it(x, layer):
+        return layer(x)
+    matmul.matmul_add(residual, x, layer.weight, layer.bias)
+    return None
