@@ -12,6 +12,7 @@ import json
 import math
 import os
 from dataclasses import astuple, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,22 @@ from PIL import Image
 
 from llava_engine.errors import UnsupportedModel, WeightsError
 from llava_engine.image.load import LoadedImage, Pixels
+from llava_engine.image.resample import (
+    FILTER_SUPPORT,
+    WHOLE_AXIS,
+    Axis,
+    pad_axis,
+    resample_narrow,
+    rows_first,
+)
+from llava_engine.kernels.preprocess import ROWS, DecodedPicture, Pass, identity
 
-# Pillow's filters by number: half their width in source pixels at scale 1 (libImaging/Resample.c).
-# NEAREST (0) is no filter there and no LLaVA checkpoint uses it.
-_FILTER_SUPPORT = {1: 3.0, 2: 1.0, 3: 2.0, 4: 0.5, 5: 1.0}
-# Up to this factor the whole axis is resampled (bit-equal to Pillow) rather than a window of it.
-_WHOLE_AXIS = 4
-_WHOLE_SQUARE = 1 << 24  # pixels of a square to pad to, at most, likewise
+# Up to WHOLE_AXIS and this side a picture is padded to a square (bit-equal to Pillow).
+_WHOLE_SIDE = 1 << 12
+# Pictures are resampled with Pillow if more bytes than this would have to go to the device, or if
+# a pixel is the sum of more than twice so many.
+_MOST_BYTES = 32 << 20
+_FURTHEST = 256
 _CLIP, _CLIP_OLD, _LLAVA = "CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor"
 _FLAGS = (
     "do_resize",
@@ -66,7 +76,7 @@ class ImageProcessorConfig:
     def __post_init__(self) -> None:
         if self.do_resize and (self.shortest_edge is None) == (self.size is None):
             raise UnsupportedModel("image size must be shortest_edge or height and width")
-        if type(self.resample) is not int or self.resample not in _FILTER_SUPPORT:
+        if type(self.resample) is not int or self.resample not in FILTER_SUPPORT:
             raise UnsupportedModel(f"resample {self.resample!r} is not supported")
         if 0 in self.image_std:
             raise UnsupportedModel("image_std must not hold 0")
@@ -141,19 +151,40 @@ def preprocess(image: LoadedImage, config: ImageProcessorConfig) -> npt.NDArray[
     normalisation, and bit for bit where the picture's sides differ by less than a factor of 4.
     """
     pixels = _crop_of_resized(image.pixels, config)
-    # One value per level and channel, computed as transformers computes each pixel.
-    levels: npt.NDArray[Any] = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
-    if config.do_rescale:
-        levels = (levels.astype(np.float64) * config.rescale_factor).astype(np.float32)
-    levels = levels.astype(np.float32)
-    if config.do_normalize:
-        mean = np.array(config.image_mean, np.float32)
-        std = np.array(config.image_std, np.float32)
-        levels = (levels - mean) / std
+    levels = _levels(config)
     out = np.empty((3, *pixels.shape[:2]), np.float32)
     for channel in range(3):
         np.take(levels[:, channel], pixels[:, :, channel], out=out[channel])
     return out
+
+
+def decoded_picture(
+    image: LoadedImage, config: ImageProcessorConfig, *, resample: bool
+) -> DecodedPicture:
+    """What kernels.preprocess makes the values of `preprocess` from, bit for bit, on any device.
+
+    resample: whether to resample here, with Pillow, as is best for a model on the CPU. Without it,
+    too, the few pictures are resampled here of which `preprocess` takes windows, or that are large.
+    """
+    window = None if resample else _window(image.pixels, _geometry(image.pixels, config))
+    if window is None:
+        pixels = np.ascontiguousarray(_crop_of_resized(image.pixels, config))
+        window = pixels, (identity(ROWS, len(pixels)),)
+    pixels, passes = window
+    held = pixels.base if isinstance(pixels.base, np.ndarray) else pixels
+    shown = list(pixels.shape[:2])
+    for each in passes:
+        shown[each.axis] = each.taps.shape[1]
+    height, width = config.output_size
+    pixels.flags.writeable = False
+    return DecodedPicture(
+        pixels,
+        passes,
+        (height, width),
+        (_before(height, shown[0]), _before(width, shown[1])),
+        _levels(config),
+        held.nbytes,
+    )
 
 
 def picture_key(image: LoadedImage, config: ImageProcessorConfig) -> bytes:
@@ -164,50 +195,117 @@ def picture_key(image: LoadedImage, config: ImageProcessorConfig) -> bytes:
     ).digest()
 
 
-def _crop_of_resized(pixels: Pixels, config: ImageProcessorConfig) -> Pixels:
-    """Pad, resize and crop to uint8 [*output, 3], computing only what the crop shows."""
+@lru_cache(maxsize=16)
+def _levels(config: ImageProcessorConfig) -> npt.NDArray[np.float32]:
+    """[256, 3]: a value per level and channel, computed as transformers computes each pixel."""
+    levels: npt.NDArray[Any] = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+    if config.do_rescale:
+        levels = (levels.astype(np.float64) * config.rescale_factor).astype(np.float32)
+    levels = levels.astype(np.float32)
+    if config.do_normalize:
+        mean = np.array(config.image_mean, np.float32)
+        std = np.array(config.image_std, np.float32)
+        levels = (levels - mean) / std
+    levels.flags.writeable = False
+    return levels
+
+
+@dataclass(frozen=True, slots=True)
+class _Geometry:
+    """What becomes of a picture's rows (0) and columns (1).
+
+    padded: the axis that is first padded to the other's length, if any, with `before` pixels of the
+    background on one side. narrow: whether that is so much that it is never laid out.
+    """
+
+    axes: tuple[Axis, Axis]
+    padded: int | None
+    before: int
+    narrow: bool
+    background: tuple[int, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether Pillow resizes the picture as it is, or padded; else windows of it."""
+        return not self.narrow and all(axis.whole for axis in self.axes)
+
+
+def _geometry(pixels: Pixels, config: ImageProcessorConfig) -> _Geometry:
     height, width = pixels.shape[:2]
     short, side = sorted((height, width))
-    padded = (side, side) if config.do_pad else (height, width)
-    resized = _resized_size(padded, config)
-    output = config.output_size
-    spans = [_shown(size, shown) for size, shown in zip(resized, output, strict=True)]
-    background = tuple(int(value * 255) for value in config.image_mean)
-    narrow = None
+    full = (side, side) if config.do_pad else (height, width)
+    resized = _resized_size(full, config)
+    spans = [_shown(*sizes) for sizes in zip(resized, config.output_size, strict=True)]
+    rows, columns = (Axis(i, full[i], resized[i], *spans[i], config.resample) for i in (0, 1))
+    padded = None
     if config.do_pad and short < side:
-        if side <= _WHOLE_AXIS * short and side * side <= _WHOLE_SQUARE:
-            pixels = _pad_axis(
-                pixels, 0 if height < width else 1, (side - short) // 2, side, background
-            )
-        else:
-            narrow = 0 if height < width else 1
-    axes = [_Axis(i, padded[i], resized[i], *spans[i], config.resample) for i in (0, 1)]
-    if narrow is None and axes[0].whole and axes[1].whole:
+        padded = 0 if height < width else 1
+    return _Geometry(
+        (rows, columns),
+        padded,
+        before=(side - short) // 2,
+        narrow=padded is not None and not (side <= WHOLE_AXIS * short and side <= _WHOLE_SIDE),
+        background=tuple(int(value * 255) for value in config.image_mean),
+    )
+
+
+def _crop_of_resized(pixels: Pixels, config: ImageProcessorConfig) -> Pixels:
+    """Pad, resize and crop to uint8 [*output, 3], computing only what the crop shows."""
+    geometry = _geometry(pixels, config)
+    axes, padded, background = geometry.axes, geometry.padded, geometry.background
+    height, width = pixels.shape[:2]
+    if padded is not None and not geometry.narrow:
+        pixels = pad_axis(pixels, padded, geometry.before, axes[padded].length, background)
+    if geometry.whole:
         image = Image.fromarray(np.ascontiguousarray(pixels))
         if config.do_resize:
-            image = image.resize(resized[::-1], config.resample)
-        pixels = np.asarray(image)[slice(*spans[0]), slice(*spans[1])]
+            image = image.resize((axes[1].resized, axes[0].resized), config.resample)
+        rows, columns = (slice(axis.start, axis.stop) for axis in axes)
+        pixels = np.asarray(image)[rows, columns]
     else:
         # Pillow rounds to 8 bits between its two passes; the order below is the one it takes for
-        # pictures of such proportions (found by experiment with Pillow 13).
-        shrinks = resized[0] < padded[0]
+        # pictures of such proportions.
+        shrinks = axes[0].resized < axes[0].length
         order = (0, 1) if shrinks and height > width else (1, 0)
-        todo = [axes[i] for i in order if i != narrow]
+        todo = [axes[i] for i in order if not (geometry.narrow and i == padded)]
         for axis in todo:
             pixels = axis.cut(pixels)
         for axis in todo:
             pixels = axis.resample(pixels)
-    if narrow is not None:
+    if padded is not None and geometry.narrow:
         # The padding of a narrow picture would be most of the square, so this axis goes last, when
         # the other one is already short, and only where the picture shows through the filter.
-        pixels = _resample_narrow(
-            pixels, narrow, side, resized[narrow], spans[narrow], config.resample, background
-        )
-    for i in (0, 1):
-        if pixels.shape[i] < output[i]:  # transformers pads a small picture to the crop with 0
-            before = math.ceil((output[i] - pixels.shape[i]) / 2)
-            pixels = _pad_axis(pixels, i, before, output[i], (0, 0, 0))
+        pixels = resample_narrow(pixels, axes[padded], background)
+    for i, length in enumerate(config.output_size):
+        if pixels.shape[i] < length:  # transformers pads a small picture to the crop with 0
+            pixels = pad_axis(pixels, i, _before(length, pixels.shape[i]), length, (0, 0, 0))
     return pixels
+
+
+def _before(length: int, shown: int) -> int:
+    return math.ceil((length - shown) / 2)
+
+
+def _window(pixels: Pixels, geometry: _Geometry) -> tuple[Pixels, tuple[Pass, ...]] | None:
+    """What the crop shows of a picture, and the passes over it; None if Pillow must resample it."""
+    if not geometry.whole or any(axis.reach > _FURTHEST for axis in geometry.axes):
+        return None
+    spans, passes = [], []
+    for axis in geometry.axes:
+        padded = geometry.padded == axis.axis
+        low, high, step = axis.taps(
+            geometry.before if padded else 0, pixels.shape[axis.axis], geometry.background
+        )
+        spans.append(slice(low, high))
+        passes += [step] if step is not None else []
+    window = pixels[spans[0], spans[1]]
+    if window.nbytes > _MOST_BYTES:
+        return None
+    if 2 * window.nbytes < pixels.nbytes:
+        window = window.copy()
+    if not rows_first(*geometry.axes):
+        passes.reverse()
+    return window, tuple(passes) or (identity(ROWS, len(window)),)
 
 
 def _resized_size(size: tuple[int, int], config: ImageProcessorConfig) -> tuple[int, int]:
@@ -228,114 +326,6 @@ def _shown(size: int, shown: int) -> tuple[int, int]:
     """The range of a resized axis that the centre crop keeps."""
     start = max((size - shown) // 2, 0)
     return start, start + min(size, shown)
-
-
-@dataclass(frozen=True, slots=True)
-class _Axis:
-    """One axis (0 rows, 1 columns) resampled from `length` to `resized`, of which start..stop show.
-
-    A window of the output is computed where the whole would be much longer. Its filter taps are the
-    same, since enough source pixels are kept beyond its edges.
-    """
-
-    axis: int
-    length: int
-    resized: int
-    start: int
-    stop: int
-    filter: int
-
-    @property
-    def whole(self) -> bool:
-        return self.resized <= _WHOLE_AXIS * (self.stop - self.start)
-
-    @property
-    def first(self) -> int:
-        """The first source pixel of the window."""
-        scale = self.length / self.resized
-        return 0 if self.whole else max(0, math.floor(self.start * scale) - self._reach)
-
-    @property
-    def last(self) -> int:
-        scale = self.length / self.resized
-        end = math.ceil(self.stop * scale) + self._reach
-        return self.length if self.whole else min(self.length, end)
-
-    @property
-    def _reach(self) -> int:
-        return _reach(self.filter, self.length / self.resized)
-
-    def cut(self, pixels: Pixels) -> Pixels:
-        """The source pixels that the shown ones are computed from."""
-        return _along(pixels, self.axis, self.first, self.last)
-
-    def resample(self, pixels: Pixels) -> Pixels:
-        """From what `cut` kept to the shown pixels."""
-        if self.whole:
-            pixels = _resize(pixels, self.axis, 0, self.length, self.resized, self.filter)
-            return _along(pixels, self.axis, self.start, self.stop)
-        scale = self.length / self.resized
-        box = self.start * scale - self.first, self.stop * scale - self.first
-        return _resize(pixels, self.axis, *box, self.stop - self.start, self.filter)
-
-
-def _resample_narrow(
-    pixels: Pixels,
-    axis: int,
-    side: int,
-    resized: int,
-    span: tuple[int, int],
-    filter: int,
-    background: tuple[int, ...],
-) -> Pixels:
-    """The span of an axis resampled as if it were padded to `side` before."""
-    length, scale, reach = pixels.shape[axis], side / resized, _reach(filter, side / resized)
-    offset = (side - length) // 2
-    start = max(span[0], math.floor((offset - reach) / scale))
-    stop = min(span[1], math.ceil((offset + length + reach) / scale))
-    if start >= stop:  # the crop shows nothing of the picture
-        return _pad_axis(_along(pixels, axis, 0, 0), axis, 0, span[1] - span[0], background)
-    first = max(0, min(offset, math.floor(start * scale) - reach))
-    last = min(side, max(offset + length, math.ceil(stop * scale) + reach))
-    strip = _pad_axis(pixels, axis, offset - first, last - first, background)
-    box = start * scale - first, stop * scale - first
-    strip = _resize(strip, axis, *box, stop - start, filter)
-    return _pad_axis(strip, axis, start - span[0], span[1] - span[0], background)
-
-
-def _reach(filter: int, scale: float) -> int:
-    """Source pixels to each side that a filter may touch, and one for rounding."""
-    return math.ceil(_FILTER_SUPPORT[filter] * max(scale, 1.0)) + 1
-
-
-def _resize(
-    pixels: Pixels, axis: int, start: float, stop: float, count: int, filter: int
-) -> Pixels:
-    """Resample source start..stop of one axis to `count` pixels, with Pillow."""
-    stop = min(stop, float(pixels.shape[axis]))
-    height, width = pixels.shape[:2]
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    if axis == 1:
-        resized = image.resize((count, height), filter, box=(start, 0, stop, height))
-    else:
-        resized = image.resize((width, count), filter, box=(0, start, width, stop))
-    return np.asarray(resized)
-
-
-def _along(pixels: Pixels, axis: int, start: int, stop: int) -> Pixels:
-    return pixels[start:stop] if axis == 0 else pixels[:, start:stop]
-
-
-def _pad_axis(
-    pixels: Pixels, axis: int, before: int, total: int, colour: tuple[int, ...]
-) -> Pixels:
-    """Lay pixels on a plain ground that is `total` long on this axis."""
-    shape = [*pixels.shape]
-    length, shape[axis] = shape[axis], total
-    ground = np.empty(shape, np.uint8)
-    ground[:] = colour
-    _along(ground, axis, before, before + length)[:] = pixels
-    return ground
 
 
 def _read_json(directory: str | os.PathLike[str], name: str) -> Any:
