@@ -13,6 +13,7 @@ import torch
 from llava_engine.kernels.activation import quick_gelu, silu_mul
 from llava_engine.kernels.attention import attention_workspace, paged_attention
 from llava_engine.kernels.decode_step import advance
+from llava_engine.kernels.fp8 import FP8, add_rms_norm_fp8, quantize_rows, rms_norm_fp8
 from llava_engine.kernels.library import require_kernels
 from llava_engine.kernels.linear import (
     linear_add,
@@ -45,6 +46,16 @@ def norms() -> None:
             add_layer_norm(torch.empty_like(x), x.clone(), x, x[0], x[1], 1e-5)
             out = x.new_empty(2, 3, hidden)
             embed_norm(out, torch.ones_like(out[:, 1:]), x[0], x, x[0], x[1], 1e-5)
+
+
+def fp8_rows() -> None:
+    for dtype in TYPES:
+        for columns in (200, 33, 16392):
+            x = torch.ones(3, columns, device=GPU, dtype=dtype)
+            out, scales = torch.empty_like(x, dtype=FP8), torch.empty(3, device=GPU)
+            quantize_rows(out, scales, x)
+            rms_norm_fp8(out, scales, x, x[0], 1e-5)
+            add_rms_norm_fp8(out, scales, x.clone(), x, x[0], 1e-5)
 
 
 def activations() -> None:
@@ -149,6 +160,7 @@ def steps() -> None:
 
 GROUPS = {
     "norm": norms,
+    "fp8": fp8_rows,
     "activation": activations,
     "rope": ropes,
     "linear": linears,
