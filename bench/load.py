@@ -53,6 +53,7 @@ def make_checkpoint(directory: Path, nbytes: int, stored: torch.dtype) -> int:
 
     one, two = model_of(1).nbytes, model_of(2).nbytes
     model = model_of(1 + max(0, round((nbytes - one) / (two - one))))
+    random = _random_values(stored)
     shard: dict[str, torch.Tensor] = {}
     weight_map: dict[str, str] = {}
 
@@ -63,13 +64,30 @@ def make_checkpoint(directory: Path, nbytes: int, stored: torch.dtype) -> int:
         shard.clear()
 
     for name, view in model.slots():
-        shard[name] = torch.full(view.shape, 0.02, dtype=stored)
+        if "norm" in name and name.endswith(".weight"):
+            shard[name] = torch.ones(view.shape, dtype=stored)
+        else:
+            shard[name] = random(view.shape)
         if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
             write()
     if shard:
         write()
     (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     return model.nbytes
+
+
+def _random_values(dtype: torch.dtype) -> Callable[[torch.Size], torch.Tensor]:
+    """Tensors of random numbers, standard deviation 0.02; drawing them all would take a minute."""
+    block = torch.empty(1 << 24).normal_(0, 0.02).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def values(shape: torch.Size) -> torch.Tensor:
+        start = int(torch.randint(len(block), (), generator=generator))
+        rolled = block.roll(start) if shape.numel() >= len(block) else block[start:]
+        copies = -(-shape.numel() // len(rolled))
+        return rolled.repeat(copies)[: shape.numel()].view(shape).clone()
+
+    return values
 
 
 def through_safetensors(directory: Path, device: torch.device, dtype: torch.dtype, at: str) -> None:

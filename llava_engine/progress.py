@@ -48,8 +48,8 @@ class ProgressBar:
             share = min(1.0, done / total) if total > 0 else 0.0
             full = round(share * _WIDTH)
             bar = f"Loading {self._title:.24} [{'#' * full}{' ' * (_WIDTH - full)}] {share:4.0%}"
-            self._write(f"{_WIPE}{bar}  {done / 2**20:,.0f} of {total / 2**20:,.0f} MiB")
-            self._drawn = True
+            line = f"{bar}  {done / 2**20:,.0f} of {total / 2**20:,.0f} MiB"
+            self._drawn = self._enabled = self._write(_WIPE + line)
 
     def close(self) -> None:
         """Wipe the bar away; nothing is drawn any more."""
@@ -65,12 +65,13 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str) -> bool:
         try:
             self._stream.write(text)
             self._stream.flush()
         except (OSError, ValueError):  # the terminal has gone, or the stream was closed
-            self._enabled = False
+            return False
+        return True
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

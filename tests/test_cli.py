@@ -8,12 +8,13 @@ import os
 import pty
 import subprocess
 import sys
+import time
 
 import pytest
 
 import llava_engine
 from llava_engine import cli, demo, errors
-from llava_engine.cli.describe import Bar
+from llava_engine.cli.where import sentence
 from llava_engine.registry import LLAVA_15_TEMPLATE
 from llava_engine.stream import Channel, ChunkStream
 from llava_engine.types import FinishReason, SamplingParams
@@ -36,6 +37,8 @@ class Words:
 
 class FakeModel:
     """Answers with given words, or fails, and remembers what it was asked."""
+
+    registry_key = "a model that the process's pool has not"
 
     def __init__(self, words: list[str], error: Exception | None = None) -> None:
         self.words, self.error = words, error
@@ -70,7 +73,7 @@ def answer(monkeypatch):
     def answer(*words: str, error: Exception | None = None, get_error: Exception | None = None):
         model = FakeModel(list(words), error)
 
-        def get(name, config=None, *, progress=None):
+        def get(name, config=None):
             model.got = (name, config)
             if get_error is not None:
                 raise get_error
@@ -159,7 +162,7 @@ def test_json(answer, capsys):
         "completion_tokens": 3,
     }
     assert set(result["timings"]) == {"queued", "image", "first_token", "total"}
-    assert result["model"] == "llava-tiny"
+    assert (result["model"], result["where"]) == ("llava-tiny", None)
 
 
 def caused(error: errors.LlavaError, cause: Exception) -> errors.LlavaError:
@@ -273,39 +276,6 @@ def test_control_characters_do_not_reach_a_terminal(answer, monkeypatch):
         monkeypatch.setattr(sys, "stdout", screen)
         assert cli.main(["describe", "a.png"]) == 0
         assert screen.getvalue() == (shown or "a\x1b]0;title\x07\n\tb\x9b\n")
-
-
-def test_the_bar_waits_and_is_wiped_away():
-    now = 0.0
-    screen = Terminal()
-    bar = Bar(screen, delay=0.5, clock=lambda: now)
-    with bar:
-        bar.update("load", 10 << 20, 100 << 20)
-        assert screen.getvalue() == ""
-        now = 0.6
-        bar.update("load", 50 << 20, 100 << 20)
-        assert "load" in screen.getvalue()
-        assert "50%" in screen.getvalue()
-        assert "50 of 100 MiB" in screen.getvalue()
-        drawn = screen.getvalue()
-        now = 0.65
-        bar.update("load", 51 << 20, 100 << 20)
-        assert screen.getvalue() == drawn
-        now = 0.8
-        bar.update("load", 0, 0)
-        assert screen.getvalue().startswith(drawn)
-    assert screen.getvalue().endswith("\r\x1b[K")
-    ended = screen.getvalue()
-    now = 5.0
-    bar.update("load", 1, 1)
-    assert screen.getvalue() == ended
-
-
-def test_no_bar_where_nobody_looks():
-    screen = io.StringIO()
-    with Bar(screen, delay=0) as bar:
-        bar.update("load", 1, 2)
-    assert screen.getvalue() == ""
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
@@ -464,7 +434,7 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 def test_on_a_real_terminal(described):
-    """Text arrives on a terminal whole, and nothing of the bar stays behind."""
+    """Text arrives on a terminal whole, and then where it came from."""
     parent, child = pty.openpty()
     process = subprocess.Popen([*COMMAND, "describe"], stdout=child, stderr=child, stdin=child)
     os.close(child)
@@ -477,5 +447,83 @@ def test_on_a_real_terminal(described):
     finally:
         os.close(parent)
     assert process.wait(60) == 0
-    shown = output.decode().rpartition("\x1b[K")[2]
-    assert shown.replace("\r\n", "\n") == described["text"] + "\n"
+    shown = output.decode().replace("\r\n", "\n")
+    text, _, where = shown.partition("\n")
+    assert text == described["text"]
+    assert where.count("\n") == 1 and sentence(described["where"]) in where
+
+
+def test_where_it_ran_is_said(described):
+    import torch
+
+    where = described["where"]
+    if torch.cuda.is_available():
+        return  # tests/gpu has that
+    assert where["devices"] == ["cpu"] and where["kernels"] == "torch"
+    assert sentence(where).startswith("ran on the CPU")
+    done = run("describe", "--device", "cpu", "--max-new-tokens", "1")
+    assert done.stderr == "llava-engine: ran on the CPU\n"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "available", "missing", "said"),
+    [
+        (None, False, None, "ran on the CPU; Some GPU is not used: this torch is built without"),
+        ("13.0", False, None, "ran on the CPU; Some GPU is not used: torch cannot use it"),
+        ("13.0", True, "no library; build it", "ran on the CPU; Some GPU is not used: no library"),
+        ("13.0", True, None, "ran on the CPU"),
+    ],
+)
+def test_a_gpu_that_is_not_used_is_told_with_the_reason(
+    cuda, available, missing, said, answer, capsys, monkeypatch
+):
+    """The one worker of the model is on the CPU, and NVML sees a GPU."""
+    import torch
+
+    model = answer("x")
+    model.config = llava_engine.EngineConfig()
+    health = {"models": {model.registry_key: {"workers": [{"device": "cpu"}]}}}
+    pool = type("Pool", (), {"health": lambda self: health})()
+    monkeypatch.setitem(vars(llava_engine), "vision_pool", lambda: pool)
+    monkeypatch.setattr(cli.where, "gpus", lambda: ([{"name": "Some GPU"}], "driver 1"))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(cli.where, "kernels_missing", lambda: missing)
+    assert cli.main(["describe", "a.png"]) == 0
+    assert capsys.readouterr().err.startswith(f"llava-engine: {said}")
+    assert not (missing and "build it" in capsys.readouterr().err)
+    model.config = llava_engine.EngineConfig(device="cpu")  # who asked for it needs no reason
+    assert cli.main(["describe", "a.png"]) == 0
+    assert capsys.readouterr().err == "llava-engine: ran on the CPU\n"
+
+
+def test_bench_splits_the_cold_start():
+    """The stages are this process's, and with what is between them they make up the whole."""
+    began = time.monotonic()
+    done = run("bench", "--device", "cpu", "--json", "--requests", "1", "--max-new-tokens", "4")
+    took = time.monotonic() - began
+    assert (done.returncode, done.stderr) == (0, "")
+    record = json.loads(done.stdout)
+    split = record["cold_start_s"]
+    whole = split.pop("in all")
+    assert list(split)[:3] == ["interpreter", "package", "imports"]
+    assert list(split)[-3:] == ["weights", "kv cache, graphs", "first token"]
+    assert 0 < whole <= took + 0.02  # a process's start is known to a hundredth of a second
+    assert 0.5 * whole <= sum(split.values()) <= whole + 0.01 * len(split)
+    assert began < record["first_token_at"] < began + took
+    assert record["warm"]["requests"] == 1 and record["warm"]["token_ms"] > 0
+    assert record["where"]["devices"] == ["cpu"]
+
+
+def test_bench_for_people():
+    done = run("bench", "--device", "cpu", "--requests", "0", "--max-new-tokens", "1")
+    lines = done.stdout.splitlines()
+    stages = [line.rsplit(maxsplit=2)[0] for line in lines[:-1]]
+    assert {"interpreter", "imports", "weights", "first token", "in all"} <= set(stages)
+    assert lines[-1] == "It ran on the CPU."
+
+
+def test_bench_refuses_what_describe_refuses(capsys):
+    assert cli.main(["bench", "--device", "tpu"]) == 3
+    assert cli.main(["bench", "--max-new-tokens", "0"]) == 3
+    assert "max_new_tokens" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command `llava-engine`: describe a picture, list the models, say what this machine has.
+"""The command `llava-engine`: describe a picture, time it, list the models, look at the machine.
 
 Uses what every caller of the package can use. `--help` and `models` import no torch.
 """
@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 import llava_engine
+from llava_engine.cli.bench import bench
 from llava_engine.cli.describe import BadInput, describe
 from llava_engine.cli.doctor import doctor
 from llava_engine.cli.listing import list_models
@@ -114,9 +115,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     description.add_argument("query", nargs="?", default=_QUESTION, help=f"default: {_QUESTION}")
     description.add_argument(
-        "--model", default="llava-tiny", help="a name of `models`, or a checkpoint's directory"
-    )
-    description.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="end the answer after N"
     )
     description.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
@@ -126,14 +124,33 @@ def _parser() -> argparse.ArgumentParser:
     description.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest")
     description.add_argument("--seed", type=int, metavar="N", help="makes sampling reproducible")
     description.add_argument("--timeout", type=float, metavar="S", help="give up after S seconds")
-    description.add_argument("--device", help='"auto", "cpu", "cuda" or "cuda:N"')
-    description.add_argument("--dtype", help='"auto", "float32", "float16" or "bfloat16"')
     description.set_defaults(run=describe)
+
+    timing = commands.add_parser(
+        "bench",
+        help="time a cold start, stage by stage, and warm requests",
+        description="Time this process from its start to its first token, and then warm requests.",
+        epilog=_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    timing.add_argument(
+        "--requests", type=int, default=5, metavar="N", help="warm ones; default: 5"
+    )
+    timing.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="of each; default: 32"
+    )
+    timing.set_defaults(run=bench)
+    for command in (description, timing):
+        command.add_argument(
+            "--model", default="llava-tiny", help="a name of `models`, or a checkpoint's directory"
+        )
+        command.add_argument("--device", help='"auto", "cpu", "cuda" or "cuda:N"')
+        command.add_argument("--dtype", help='"auto", "float32", "float16" or "bfloat16"')
 
     models = commands.add_parser("models", help="list the models that are known by name")
     models.set_defaults(run=list_models)
     diagnosis = commands.add_parser("doctor", help="say what is here, and what would speed it up")
     diagnosis.set_defaults(run=doctor)
-    for command in (description, models, diagnosis):
+    for command in (description, timing, models, diagnosis):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

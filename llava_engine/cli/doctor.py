@@ -9,6 +9,7 @@ from typing import Any
 
 import llava_engine
 from llava_engine.cli.listing import print_table, size
+from llava_engine.cli.where import gpus, kernels_missing
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -17,7 +18,7 @@ def doctor(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(found))
         return
-    gpus = [
+    there = [
         f"{gpu['name']}, {size(gpu['free_mb'])} of {size(gpu['total_mb'])} free"
         for gpu in found["gpus"]
     ]
@@ -29,7 +30,7 @@ def doctor(args: argparse.Namespace) -> None:
         ("python", found["python"]),
         ("torch", str(found["torch"])),
         ("cuda in torch", cuda),
-        ("gpus", "; ".join(gpus) or f"none ({found['nvml']})"),
+        ("gpus", "; ".join(there) or f"none ({found['nvml']})"),
         ("compiled kernels", kernels),
         (
             "memory",
@@ -60,7 +61,7 @@ def _findings() -> dict[str, Any]:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             packages[name] = None
-    gpus, nvml = _gpus()
+    there, nvml = gpus()
     memory = SystemProbe().host()
     found: dict[str, Any] = {
         "llava_engine": llava_engine.__version__,
@@ -68,9 +69,9 @@ def _findings() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cuda_available": torch.cuda.is_available(),
-        "gpus": gpus,
+        "gpus": there,
         "nvml": nvml,
-        "kernels": _kernels_built(),
+        "kernels": kernels_missing() is None,
         "memory": {"total_mb": memory.total_mb, "free_mb": memory.free_mb},
         "packages": packages,
         "hub": {
@@ -80,48 +81,6 @@ def _findings() -> dict[str, Any]:
         },
     }
     return {**found, "advice": _advice(found)}
-
-
-def _gpus() -> tuple[list[dict[str, Any]], str]:
-    """The GPUs as NVML reports them, and NVML's own word on it."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception as error:  # NVMLError is made by the module that may be missing
-        return [], str(error)
-    try:
-        gpus = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            name = str(pynvml.nvmlDeviceGetName(handle))
-            gpus.append(
-                {"name": name, "total_mb": memory.total >> 20, "free_mb": memory.free >> 20}
-            )
-        return gpus, f"driver {pynvml.nvmlSystemGetDriverVersion()}"
-    except pynvml.NVMLError as error:
-        return [], str(error)
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _kernels_built() -> bool:
-    import importlib
-    import pkgutil
-
-    import torch
-
-    from llava_engine import kernels
-    from llava_engine.errors import KernelsNotBuilt
-
-    for module in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"{kernels.__name__}.{module.name}")
-    try:
-        kernels.library.require_kernels(torch.device("cuda"))
-    except KernelsNotBuilt:
-        return False
-    return True
 
 
 def _advice(found: dict[str, Any]) -> list[str]:

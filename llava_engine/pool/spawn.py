@@ -159,7 +159,7 @@ class Spawn:
         state, model = self._state, self._model
         with state.planning:
             while True:
-                with model.spec.stages("memory"):
+                with model.spec.stages("devices"):
                     gpus, host = state.probe.gpus(), state.probe.host()
                 state.probed = True
                 devices = self._working(model.spec.devices(gpus, host))
