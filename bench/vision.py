@@ -1,0 +1,263 @@
+"""How long do the vision tower and the projector take? LLaVA-1.5-7B's shape, random fp16 weights.
+
+Each is replayed as a CUDA graph, the median of the replays: the tower from the rows of patches to
+the features of its last layer but one, for 1, 2, 4 and 8 pictures, beside transformers' eager one;
+the projector beside the same two products and GELU by plain torch. Variants of the tower:
+
+    ms              as the engine runs it
+    chained_ms      kernels may start before their predecessors end
+    torch_ms        all products by torch; activations and residuals are kernels of their own
+    matmul_ms       all products by kernels.matmul, however few their results
+
+"products" times each product with what follows it, both ways, over the weights of all layers.
+
+    python bench/vision.py [--json PATH] [--pictures 1 2 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from bench.decode_step import SHAPE
+from bench.kernels import replay_us
+from llava_engine.kernels import matmul
+from llava_engine.kernels.dense_attention import dense_attention
+from llava_engine.kernels.library import programmatic_launch, require_kernels
+from llava_engine.kernels.projector import project
+from llava_engine.network import clip
+from llava_engine.network.config import LlavaConfig
+from llava_engine.network.llava import LlavaModel
+from llava_engine.network.weights import random_model
+from llava_engine.runtime.graph import CapturedGraphs
+
+DEVICE = torch.device("cuda")
+REPLAYS = 40
+
+Call = Callable[[], object]
+
+
+def make_model() -> LlavaModel:
+    """The true tower and projector, and one layer of the decoder."""
+    text = {**SHAPE["text_config"], "num_hidden_layers": 1}
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "config.json").write_text(json.dumps({**SHAPE, "text_config": text}))
+        config = LlavaConfig.from_directory(Path(name))
+    return random_model(config, device=DEVICE, dtype=torch.float16, seed=0)
+
+
+def random_patches(model: LlavaModel, pictures: int) -> torch.Tensor:
+    vision = model.config.vision
+    side = vision.image_size
+    pixels = torch.randn(pictures, 3, side, side, device=DEVICE, dtype=torch.float16)
+    return clip.patch_rows(pixels, vision.patch_size)
+
+
+def replay_ms(call: Call, chained: bool) -> float:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream), programmatic_launch(chained):
+        call()
+    return median_ms(graph.replay)
+
+
+def median_ms(call: Call) -> float:
+    times = []
+    for _ in range(5 + REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return round(statistics.median(times[5:]), 4)
+
+
+def by_torch() -> mock._patch[object]:
+    return mock.patch.object(matmul, "takes", lambda x, weight: False)
+
+
+def by_matmul() -> mock._patch[object]:
+    return mock.patch.object(clip, "_LEAST_RESULTS", 0)
+
+
+def tower(model: LlavaModel, pictures: int) -> dict[str, float]:
+    patches = random_patches(model, pictures)
+
+    def features() -> torch.Tensor:
+        return model._tower(patches)
+
+    results = {"pictures": pictures, "ms": replay_ms(features, False)}
+    results["chained_ms"] = replay_ms(features, True)
+    with by_torch():
+        results["torch_ms"] = replay_ms(features, False)
+        results["torch_chained_ms"] = replay_ms(features, True)
+    with by_matmul():
+        results["matmul_ms"] = replay_ms(features, False)
+        results["matmul_chained_ms"] = replay_ms(features, True)
+    results["with_projector_ms"] = replay_ms(lambda: model.encode_images(patches), False)
+    return results
+
+
+def eager_ms(model: LlavaModel, pictures: int) -> float:
+    """transformers' tower, which computes its last layer too."""
+    vision = model.config.vision
+    theirs = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            num_hidden_layers=vision.num_layers,
+            num_attention_heads=vision.num_heads,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+        )
+    )
+    theirs = theirs.eval().to(DEVICE, torch.float16)
+    side = vision.image_size
+    pixels = torch.randn(pictures, 3, side, side, device=DEVICE, dtype=torch.float16)
+    return median_ms(lambda: theirs(pixels, output_hidden_states=True))
+
+
+def products(model: LlavaModel, pictures: int) -> dict[str, dict[str, float]]:
+    """Microseconds of each product of a layer, the median over the layers' weights."""
+    layers = model._tower._layers
+    vision = model.config.vision
+    rows, hidden = pictures * (vision.num_patches + 1), vision.hidden_size
+    x = torch.randn(rows, hidden, device=DEVICE, dtype=torch.float16)
+    wide = torch.randn(rows, vision.intermediate_size, device=DEVICE, dtype=torch.float16)
+    residual, normed = torch.randn_like(x), torch.empty_like(x)
+
+    def added(name: str, given: torch.Tensor) -> list[Call]:
+        def call(layer: clip._Layer) -> None:
+            pending = clip._added(residual, getattr(layer, name), given)
+            layer._norm2(normed, residual, pending)
+
+        return [lambda layer=layer: call(layer) for layer in layers]
+
+    calls: dict[str, list[Call]] = {
+        "qkv": [lambda layer=layer: clip._product(layer._qkv, x) for layer in layers],
+        "out, add, norm": added("_out", x),
+        "fc1, quick_gelu": [
+            lambda layer=layer: clip._product(layer._fc1, x, "quick_gelu") for layer in layers
+        ],
+        "fc2, add, norm": added("_fc2", wide),
+    }
+    ways = {"torch": by_torch, "matmul": by_matmul}
+    results = {}
+    for name, made in calls.items():
+        results[name] = {}
+        for way, patched in ways.items():
+            with patched():
+                results[name][way] = round(replay_us(made), 2)
+    return results
+
+
+def attention(model: LlavaModel, pictures: int) -> dict[str, float]:
+    """Microseconds of a layer's attention: the engine's, and flash."""
+    vision = model.config.vision
+    tokens, heads = vision.num_patches + 1, vision.num_heads
+    shape = (pictures, tokens, 3, heads, vision.hidden_size // heads)
+    made = [torch.randn(shape, device=DEVICE, dtype=torch.float16) for _ in range(8)]
+    parts = [fused.permute(2, 0, 3, 1, 4).unbind() for fused in made]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    return {
+        "dense_attention": round(replay_us([lambda p=p: dense_attention(*p) for p in parts]), 2),
+        "flash": round(replay_us([lambda p=p: flash(*p) for p in parts]), 2),
+    }
+
+
+def projector(model: LlavaModel, pictures: int) -> dict[str, float]:
+    """Milliseconds of a call, out of graphs of several over features of their own."""
+    first, second = model._projector1, model._projector2
+    vision = model.config.vision
+    shape = (pictures, vision.num_patches + 1, vision.hidden_size)
+    features = [torch.randn(shape, device=DEVICE, dtype=torch.float16) for _ in range(8)]
+    out = features[0].new_empty(pictures, vision.num_patches, model.config.text.hidden_size)
+
+    def ours(given: torch.Tensor) -> None:
+        project(out, given[:, 1:], first.weight, first.bias, second.weight, second.bias)
+
+    def plain(given: torch.Tensor) -> torch.Tensor:
+        middle = F.gelu(F.linear(given[:, 1:], first.weight, first.bias))
+        return F.linear(middle, second.weight, second.bias)
+
+    def ms(call: Callable[[torch.Tensor], object], chained: bool) -> float:
+        with programmatic_launch(True) if chained else nullcontext():
+            return round(replay_us([lambda f=f: call(f) for f in features]) / 1e3, 5)
+
+    return {
+        "pictures": pictures,
+        "ms": ms(ours, False),
+        "chained_ms": ms(ours, True),
+        "unfused_ms": ms(plain, False),
+    }
+
+
+def graph_mb(model: LlavaModel, counts: list[int]) -> dict[str, float]:
+    """Memory that graphs for so many pictures keep, one after the other in the same pool."""
+    graphs = CapturedGraphs(torch.cuda.Stream())
+    kept: dict[str, float] = {}
+    for pictures in counts:
+        patches = random_patches(model, pictures)
+        rows = model.encode_images(patches)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        graphs.capture(lambda p=patches, r=rows: model.encode_images(p, r))
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        kept[str(pictures)] = round((torch.cuda.memory_reserved() - before) / 2**20, 1)
+    graphs.clear()
+    return kept
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Print a line per measurement; write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--pictures", type=int, nargs="*", default=[1, 2, 4, 8])
+    arguments = parser.parse_args()
+    require_kernels(DEVICE)
+    model = make_model()
+    record: dict[str, object] = {
+        "commit": os.environ.get("COMMIT", "unknown"),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+    def keep(name: str, value: object) -> None:
+        record[name] = value
+        print(name, json.dumps(value), flush=True)
+
+    for pictures in arguments.pictures:
+        keep(f"tower {pictures}", tower(model, pictures))
+        keep(f"projector {pictures}", projector(model, pictures))
+        keep(f"products us {pictures}", products(model, pictures))
+        keep(f"attention us {pictures}", attention(model, pictures))
+        keep(f"transformers eager ms {pictures}", eager_ms(model, pictures))
+    keep("graph pool MB", graph_mb(model, arguments.pictures))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
