@@ -27,6 +27,8 @@ import torch
 
 from bench.decode_step import DEVICE, READ_BYTES_PER_S, floor_ms, make_model
 from llava_engine import EngineConfig, SamplingParams
+from llava_engine.image.load import LoadedImage
+from llava_engine.image.preprocess import ImageProcessorConfig, decoded_picture
 from llava_engine.kernels.library import require_kernels
 from llava_engine.runtime.decode_loop import TokenEvent
 from llava_engine.runtime.runtime import DeviceRuntime
@@ -37,6 +39,7 @@ from llava_engine.text.prompt import placeholder_ids
 NEW_TOKENS = 128
 REQUESTS = 10  # one after the other
 BUSY_REQUESTS = 2  # fewer: before the first token every call into torch waits for the GIL
+PROCESSOR = ImageProcessorConfig(shortest_edge=336, crop_size=(336, 336))
 
 
 class Words:
@@ -69,13 +72,14 @@ class Bench:
         self._number += 1
         key, length = self._number.to_bytes(16, "big"), self.image_tokens
         generator = np.random.default_rng(self._number)
-        pixels = generator.standard_normal((3, 336, 336), dtype=np.float32)
+        pixels = generator.integers(0, 256, (336, 336, 3), dtype=np.uint8)
         ids = [1, *placeholder_ids(key, length), *range(100, 125)]
         channel = Channel()
         channel.bind(Words(), len(ids), length)
         channel.on_abort(self.runtime.wake)
         sampling = SamplingParams(ignore_eos=True)
-        picture = Picture(key, 1, length, pixels)
+        decoded = decoded_picture(LoadedImage(pixels, key, 1), PROCESSOR, resample=False)
+        picture = Picture(key, 1, length, decoded)
         self.runtime.submit(
             Sequence(ids, (picture,), sampling, NEW_TOKENS, frozenset({2}), channel, seed=0)
         )

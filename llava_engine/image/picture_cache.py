@@ -11,23 +11,20 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from llava_engine.image.load import DecodeJpeg, load_image, pixel_limit, read_image
-from llava_engine.image.preprocess import ImageProcessorConfig, picture_key, preprocess
+from llava_engine.image.preprocess import ImageProcessorConfig, decoded_picture, picture_key
+from llava_engine.kernels.preprocess import DecodedPicture
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedPicture:
     """A picture as one image processor prepares it.
 
-    key: of `preprocess.picture_key`. pixels: of `preprocess.preprocess`, read-only: requests share
-    them.
+    key: of `preprocess.picture_key`. pixels: of `preprocess.decoded_picture`; requests share them.
     """
 
     key: bytes
-    pixels: npt.NDArray[np.float32]
+    pixels: DecodedPicture
 
 
 class PictureCache:
@@ -36,6 +33,7 @@ class PictureCache:
     max_bytes, max_pixels, decode_jpeg: as `load.load_image` takes them; the limits hold for kept
         pictures, too.
     capacity: bytes of pixels that are kept, those of the most recently used files.
+    resample: as `preprocess.decoded_picture` takes it.
 
     Any number of threads may use it. Two that bring the same new file at once both decode it.
     """
@@ -47,9 +45,11 @@ class PictureCache:
         max_bytes: int,
         max_pixels: int,
         capacity: int,
+        resample: bool,
         decode_jpeg: DecodeJpeg | None = None,
     ) -> None:
         self._processor = processor
+        self._resample = resample
         self._decode_jpeg = decode_jpeg
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
@@ -59,7 +59,7 @@ class PictureCache:
         self._bytes = 0
 
     def prepare(self, source: Any) -> PreparedPicture:
-        """Read, decode and preprocess a picture that `load.check_image` accepts, or find it.
+        """Read and decode a picture that `load.check_image` accepts, or find it.
 
         Raises ImageTooLarge or ImageDecodeError; such a picture is judged anew each time.
         """
@@ -93,8 +93,7 @@ class PictureCache:
             max_pixels=self._max_pixels,
             decode_jpeg=self._decode_jpeg,
         )
-        pixels = preprocess(image, self._processor)
-        pixels.flags.writeable = False
+        pixels = decoded_picture(image, self._processor, resample=self._resample)
         return PreparedPicture(picture_key(image, self._processor), pixels)
 
     def _find(self, file: tuple[bytes, int]) -> PreparedPicture | None:

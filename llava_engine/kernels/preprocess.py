@@ -62,6 +62,7 @@ def identity(axis: int, length: int) -> Pass:
     taps[0] = np.arange(length)
     taps[1:4] = 1 << (PRECISION_BITS - 1)
     taps[4] = 1 << PRECISION_BITS
+    taps.flags.writeable = False
     return Pass(axis, taps)
 
 

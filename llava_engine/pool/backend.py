@@ -100,6 +100,7 @@ class ModelBackend:
             max_bytes=config.max_image_bytes,
             max_pixels=config.max_image_pixels,
             capacity=config.pixel_cache_mb << 20,
+            resample=self._device.type == "cpu",
             decode_jpeg=self._decode_jpeg,
         )
         with stages("kv cache, graphs"):

@@ -84,8 +84,7 @@ class ModelRunner:
                 else:
                     entry.sequence.features[picture.key] = known
         if missing:
-            pixels = np.stack([picture.pixels for picture in missing.values()])
-            encoded = self._encode(pixels)
+            encoded = self._encode([picture.pixels for picture in missing.values()])
             for key, batched in zip(missing, encoded.unbind(), strict=True):
                 features = batched.clone()  # a view would keep the whole batch alive
                 self._features.put(key, features)

@@ -1,17 +1,18 @@
 """Pictures to embedding rows: the vision tower and the projector, captured for a few at a time.
 
-The tower launches hundreds of small kernels, which take the host longer than the GPU. Knows pixels
-only; whose picture it is, and what is kept, is the model runner's.
+The tower launches hundreds of small kernels, which take the host longer than the GPU. What it reads
+is made from decoded pixels right before. Whose picture it is, and what is kept, is the model
+runner's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from llava_engine.network.clip import patch_rows
+from llava_engine.kernels.preprocess import DecodedPicture, preprocess
+from llava_engine.network.clip import patch_width
 from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime.graph import CapturedGraphs
 from llava_engine.runtime.streams import DeviceStreams
@@ -42,16 +43,17 @@ class PictureEncoder:
             self._graphs = CapturedGraphs(streams.prefill)
         self._encodings: dict[int, _Encoding] = {}
 
-    def __call__(self, pixels: np.ndarray) -> torch.Tensor:
-        """Pixels float32 [n, 3, side, side] to rows [n, image_tokens, hidden], the caller's own."""
-        there = self._streams.upload(torch.from_numpy(pixels)).to(self._model.dtype)
-        patches = patch_rows(there, self._model.config.vision.patch_size)
-        if self._graphs is None or len(patches) > _MOST_CAPTURED:
+    def __call__(self, pictures: list[DecodedPicture]) -> torch.Tensor:
+        """Embedding rows [n, image_tokens, hidden], the caller's own."""
+        count = len(pictures)
+        if self._graphs is None or count > _MOST_CAPTURED:
+            patches = self._empty_patches(count)
+            self._prepare(patches, pictures)
             return self._model.encode_images(patches)
-        encoding = self._encodings.get(len(patches))
+        encoding = self._encodings.get(count)
         if encoding is None:
-            encoding = self._encodings[len(patches)] = self._capture(self._graphs, patches)
-        encoding.patches.copy_(patches)
+            encoding = self._encodings[count] = self._capture(self._graphs, count)
+        self._prepare(encoding.patches, pictures)
         self._graphs.launch(encoding.graph)
         return encoding.rows.clone()
 
@@ -61,13 +63,24 @@ class PictureEncoder:
         if self._graphs is not None:
             self._graphs.clear()
 
-    def _capture(self, graphs: CapturedGraphs, like: torch.Tensor) -> _Encoding:
+    def _empty_patches(self, count: int) -> torch.Tensor:
+        model, vision = self._model, self._model.config.vision
+        shape = count, vision.num_patches, patch_width(vision.patch_size)
+        return torch.empty(shape, dtype=model.dtype, device=model.device)
+
+    def _prepare(self, patches: torch.Tensor, pictures: list[DecodedPicture]) -> None:
+        """Upload the pictures and write the rows of their patches."""
+        patch_size = self._model.config.vision.patch_size
+        for rows, picture in zip(patches, pictures, strict=True):
+            preprocess(rows, picture, self._streams.upload(picture.arrays), patch_size)
+
+    def _capture(self, graphs: CapturedGraphs, count: int) -> _Encoding:
         config, model = self._model.config, self._model
-        patches = torch.zeros_like(like)
-        rows = like.new_empty(len(like), config.image_tokens, config.text.hidden_size)
+        patches = self._empty_patches(count).zero_()
+        rows = patches.new_empty(count, config.image_tokens, config.text.hidden_size)
 
         def encode() -> None:
-            model.encode_images(patches, rows)
+            rows.copy_(model.encode_images(patches))
 
         graph = graphs.capture(encode)
         return _Encoding(patches, rows, graph)

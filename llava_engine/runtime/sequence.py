@@ -13,8 +13,9 @@ from llava_engine.errors import LlavaError
 from llava_engine.types import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
+
+    from llava_engine.kernels.preprocess import DecodedPicture
 
 
 class TokenSink(Protocol):
@@ -52,13 +53,13 @@ class Picture:
 
     key: digest of content, mode, size and preprocessing; equal keys mean equal features.
     offset, length: the placeholders' place in the prompt, in tokens.
-    pixels: float32 [3, height, width], normalised.
+    pixels: what the vision tower's input is made from, once the features are needed.
     """
 
     key: bytes
     offset: int
     length: int
-    pixels: np.ndarray
+    pixels: DecodedPicture
 
 
 class Sequence:

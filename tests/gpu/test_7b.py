@@ -6,10 +6,10 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from support.gpu import GPU, NEEDS_GPU, Sink, World
+from support.pictures import random_pictures
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
 from transformers import LlavaConfig as TheirConfig
 
@@ -78,9 +78,7 @@ def make_world(config: TheirConfig, device: torch.device, directory: Path) -> Wo
     with torch.no_grad():
         for name, view in ours.slots():
             view.copy_(weights[name])
-    chance = np.random.default_rng(1)
-    pictures = [chance.standard_normal((3, 336, 336), dtype=np.float32) for _ in range(8)]
-    return World(ours, theirs, pictures)
+    return World(ours, theirs, random_pictures(1, 8, 336))
 
 
 def test_greedy_tokens_of_16_prompts(

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support.checkpoints import make_checkpoint
 from support.gpu import GPU, NEEDS_GPU, Sink, World
 from support.kernels import PagedContext, within_twice
+from support.pictures import random_pictures
 from transformers import LlavaForConditionalGeneration
 
 from llava_engine import EngineConfig
@@ -83,9 +83,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     make_checkpoint(directory, seed=3, text_config={"head_dim": 16})
     theirs = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float16)
     ours = load_model(directory, device=GPU, dtype=torch.float16)
-    side = ours.config.vision.image_size
-    generator = np.random.default_rng(0)
-    pictures = [generator.standard_normal((3, side, side), dtype=np.float32) for _ in range(6)]
+    pictures = random_pictures(0, 6, ours.config.vision.image_size)
     return World(ours, theirs.eval().to(GPU), pictures)
 
 

@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from support.checkpoints import make_checkpoint
 from support.decode_rows import at_random
 from support.gpu import GPU, NEEDS_GPU, NEW_TOKENS, Sink, World
+from support.pictures import random_pictures
 from transformers import LlavaForConditionalGeneration
 
 from llava_engine import EngineConfig, SamplingParams
@@ -242,9 +242,7 @@ def world(directory: Path) -> World:
     require_kernels(GPU)
     theirs = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float16)
     ours = load_model(directory, device=GPU, dtype=torch.float16)
-    side = ours.config.vision.image_size
-    generator = np.random.default_rng(0)
-    pictures = [generator.standard_normal((3, side, side), dtype=np.float32) for _ in range(6)]
+    pictures = random_pictures(0, 6, ours.config.vision.image_size)
     made = World(ours, theirs.eval().to(GPU), pictures)
     made.measure([(n % 6, [20 + n]) for n in range(16)])
     return made

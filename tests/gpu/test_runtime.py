@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from support.checkpoints import make_checkpoint
 from support.gpu import GPU, NEEDS_GPU, Sink, World
+from support.pictures import random_pictures
 from transformers import LlavaForConditionalGeneration
 
 from llava_engine import EngineConfig
@@ -37,9 +37,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     dtype: torch.dtype = request.param
     theirs = LlavaForConditionalGeneration.from_pretrained(directory, dtype=dtype).eval().to(GPU)
     ours = load_model(directory, device=GPU, dtype=dtype)
-    side = ours.config.vision.image_size
-    generator = np.random.default_rng(0)
-    pictures = [generator.standard_normal((3, side, side), dtype=np.float32) for _ in range(6)]
+    pictures = random_pictures(0, 6, ours.config.vision.image_size)
     made = World(ours, theirs, pictures)
     made.measure(questions(7, 8))
     assert made.error < {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 1.0}[dtype]

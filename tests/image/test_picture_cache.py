@@ -12,20 +12,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFile
 
 from llava_engine.errors import ImageDecodeError, ImageTooLarge
 from llava_engine.image.load import load_image
-from llava_engine.image.picture_cache import PictureCache
+from llava_engine.image.picture_cache import PictureCache, PreparedPicture
 from llava_engine.image.preprocess import ImageProcessorConfig, picture_key, preprocess
+from llava_engine.kernels.preprocess import preprocess as to_patches
 
 PROCESSOR = ImageProcessorConfig(shortest_edge=56, crop_size=(56, 56))
-SIZE = 3 * 56 * 56 * 4  # bytes of one prepared picture
+SIZE = 3 * 56 * 56  # bytes of one resampled picture
+DECODED = 3 * 70 * 90  # and of one that is not
 LIMITS = {"max_bytes": 1 << 20, "max_pixels": 1 << 20}
 
 
-def cache(capacity: int = 1 << 20, processor: ImageProcessorConfig = PROCESSOR) -> PictureCache:
-    return PictureCache(processor, **LIMITS, capacity=capacity)
+def cache(
+    capacity: int = 1 << 20, processor: ImageProcessorConfig = PROCESSOR, resample: bool = True
+) -> PictureCache:
+    return PictureCache(processor, **LIMITS, capacity=capacity, resample=resample)
 
 
 def image(seed: int = 0) -> Image.Image:
@@ -42,6 +47,14 @@ def encoded(seed: int = 0, format: str = "JPEG") -> bytes:
 def fresh(source: object, processor: ImageProcessorConfig = PROCESSOR) -> tuple[bytes, np.ndarray]:
     loaded = load_image(source, **LIMITS)
     return picture_key(loaded, processor), preprocess(loaded, processor)
+
+
+def values(picture: PreparedPicture) -> np.ndarray:
+    """float32 [3, 56, 56], put together from the one patch that is as large as the picture."""
+    rows = torch.full((1, 3 * 56 * 56), torch.nan)
+    arrays = [torch.tensor(array) for array in picture.pixels.arrays]
+    to_patches(rows, picture.pixels, arrays, 56)
+    return rows.view(3, 56, 56).numpy()
 
 
 class Decodes:
@@ -79,9 +92,29 @@ def test_a_file_is_decoded_once_in_whatever_form_it_comes(
     for form in forms:
         found = pictures.prepare(form)
         assert found.key == key
-        np.testing.assert_array_equal(found.pixels, pixels, strict=True)
+        np.testing.assert_array_equal(values(found), pixels, strict=True)
     assert decodes.count == 1
     assert pictures.nbytes == SIZE
+
+
+def test_what_is_kept_unresampled_counts_with_all_that_it_holds(decodes: Decodes) -> None:
+    """What the crop shows is a view, which holds the picture, and a copy if that is much larger."""
+    pictures = cache(2 * DECODED + DECODED // 2, resample=False)
+    for seed, count in ((1, 1), (2, 2), (1, 2), (3, 2)):
+        found = pictures.prepare(encoded(seed))
+        np.testing.assert_array_equal(values(found), fresh(encoded(seed))[1], strict=True)
+        assert found.pixels.pixels.nbytes < found.pixels.nbytes == DECODED
+        assert pictures.nbytes == count * DECODED
+    decodes.count = 0
+    pictures.prepare(encoded(1))
+    assert decodes.count == 0
+
+    file = io.BytesIO()
+    image(1).resize((230, 70)).save(file, "PNG")
+    long = cache(resample=False)
+    found = long.prepare(file.getvalue())
+    assert found.pixels.pixels.base is None
+    assert long.nbytes == found.pixels.nbytes == found.pixels.pixels.nbytes < 3 * 70 * 115
 
 
 def test_other_bytes_are_another_file(tmp_path: Path) -> None:
@@ -94,7 +127,7 @@ def test_other_bytes_are_another_file(tmp_path: Path) -> None:
     held[:] = encoded(3)
     for source, seed in ((path, 2), (held, 3)):
         found = pictures.prepare(source)
-        np.testing.assert_array_equal(found.pixels, fresh(encoded(seed))[1], strict=True)
+        np.testing.assert_array_equal(values(found), fresh(encoded(seed))[1], strict=True)
         assert found.key == fresh(encoded(seed))[0]
 
 
@@ -104,17 +137,19 @@ def test_images_and_arrays_are_prepared_each_time_and_not_kept() -> None:
     for source in (image(1), array):
         found = pictures.prepare(source)
         assert found.key == fresh(source)[0]
-        np.testing.assert_array_equal(found.pixels, fresh(image(1))[1], strict=True)
+        np.testing.assert_array_equal(values(found), fresh(image(1))[1], strict=True)
     array[:] = np.asarray(image(2))
-    np.testing.assert_array_equal(pictures.prepare(array).pixels, fresh(image(2))[1], strict=True)
+    np.testing.assert_array_equal(values(pictures.prepare(array)), fresh(image(2))[1], strict=True)
     assert pictures.nbytes == 0
 
 
 def test_what_requests_share_cannot_be_written_into() -> None:
-    pictures = cache()
-    for _ in range(2):
-        with pytest.raises(ValueError, match="read-only"):
-            pictures.prepare(encoded()).pixels[0, 0, 0] = 1
+    for resample in (True, False):
+        pictures = cache(resample=resample)
+        for _ in range(2):
+            for array in pictures.prepare(encoded()).pixels.arrays:
+                with pytest.raises(ValueError, match="read-only"):
+                    array[0, 0] = 1
 
 
 def test_another_processor_makes_another_picture() -> None:
@@ -122,7 +157,7 @@ def test_another_processor_makes_another_picture() -> None:
     found = [cache(processor=processor).prepare(encoded()) for processor in others]
     assert found[0].key != found[1].key
     for picture, processor in zip(found, others, strict=True):
-        np.testing.assert_array_equal(picture.pixels, fresh(encoded(), processor)[1], strict=True)
+        np.testing.assert_array_equal(values(picture), fresh(encoded(), processor)[1], strict=True)
 
 
 def test_the_least_recently_used_go_first(decodes: Decodes) -> None:
@@ -148,7 +183,7 @@ def test_without_room_for_a_picture_nothing_is_kept(capacity: int, decodes: Deco
     pictures = cache(capacity)
     for _ in range(2):
         np.testing.assert_array_equal(
-            pictures.prepare(encoded()).pixels, fresh(encoded())[1], strict=True
+            values(pictures.prepare(encoded())), fresh(encoded())[1], strict=True
         )
     assert decodes.count == 4 and pictures.nbytes == 0
 
@@ -172,10 +207,9 @@ def test_a_picture_that_fails_is_judged_anew(decodes: Decodes) -> None:
 
 def test_the_limits_hold_for_pictures_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
     content = encoded()
-    small = PictureCache(
-        PROCESSOR, max_bytes=len(content) - 1, max_pixels=1 << 20, capacity=1 << 20
-    )
-    narrow = PictureCache(PROCESSOR, max_bytes=1 << 20, max_pixels=70 * 90 - 1, capacity=1 << 20)
+    room = {"capacity": 1 << 20, "resample": True}
+    small = PictureCache(PROCESSOR, max_bytes=len(content) - 1, max_pixels=1 << 20, **room)
+    narrow = PictureCache(PROCESSOR, max_bytes=1 << 20, max_pixels=70 * 90 - 1, **room)
     for pictures in (small, narrow):
         for _ in range(2):
             with pytest.raises(ImageTooLarge):
@@ -200,7 +234,7 @@ def test_two_that_bring_the_same_new_file_at_once(decodes: Decodes) -> None:
         found = list(threads.map(pictures.prepare, [encoded()] * 2))
     assert [picture.key for picture in found] == [key, key]
     for picture in found:
-        np.testing.assert_array_equal(picture.pixels, pixels, strict=True)
+        np.testing.assert_array_equal(values(picture), pixels, strict=True)
     assert pictures.nbytes == SIZE
     decodes.before = pytest.fail
     assert pictures.prepare(encoded()).key == key
@@ -216,7 +250,7 @@ def test_many_threads_in_little_room() -> None:
         for seed in np.random.default_rng(number).integers(0, len(files), 60):
             found = pictures.prepare(files[seed])
             assert found.key == expected[seed][0]
-            np.testing.assert_array_equal(found.pixels, expected[seed][1], strict=True)
+            np.testing.assert_array_equal(values(found), expected[seed][1], strict=True)
             most = max(most, pictures.nbytes)
         return most
 
@@ -227,9 +261,9 @@ def test_many_threads_in_little_room() -> None:
 
 def test_closing_gives_the_memory_back_even_from_under_a_decode(decodes: Decodes) -> None:
     pictures = cache()
-    kept = weakref.ref(pictures.prepare(encoded(1)).pixels)
+    kept = weakref.ref(pictures.prepare(encoded(1)).pixels.pixels)
     assert kept() is not None and pictures.nbytes == SIZE
     decodes.before = pictures.close
-    late = weakref.ref(pictures.prepare(encoded(2)).pixels)
+    late = weakref.ref(pictures.prepare(encoded(2)).pixels.pixels)
     gc.collect()
     assert kept() is None and late() is None and pictures.nbytes == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from support.pictures import random_pictures
 from support.runtime import Sink
 
 from llava_engine import SamplingParams
@@ -71,7 +72,7 @@ def test_a_row_forgets_what_the_one_before_it_had_seen() -> None:
 def test_a_picture_in_the_prompt_counts_as_its_token() -> None:
     rows = state()
     pictured = sequence([-5, 3], [0], penalty=2.0)
-    pictured.pictures = (Picture(b"", 0, 1, torch.zeros(0).numpy()),)
+    pictured.pictures = (Picture(b"", 0, 1, random_pictures(0, 1, 1)[0]),)
     rows.fill([pictured], [9], 0)
     rows.advance(logits(1, token9=1.0, token4=0.9))
     assert rows.ring[0, 0, 1] == 4

@@ -14,6 +14,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from support.pictures import picture as decoded
+from support.pictures import values
 from support.runtime import Sink, World, make_world, running, settled
 
 from llava_engine import FinishReason, SamplingParams
@@ -234,7 +236,7 @@ def test_one_broken_picture_fails_one_stream(world: World, runtime: DeviceRuntim
         runtime.submit(world.sequence(index, [60], 6, sink))
     broken = world.sequence(2, [60], 6, bad)
     key = b"broken".ljust(16)
-    picture = Picture(key, 1, broken.pictures[0].length, np.zeros((3, 5, 7), dtype=np.float32))
+    picture = Picture(key, 1, broken.pictures[0].length, decoded(np.zeros((5, 7, 3), np.uint8)))
     broken.pictures = (picture,)
     runtime.submit(broken)
     for index, sink in enumerate(good[2:], 2):
@@ -252,8 +254,10 @@ def test_out_of_memory_in_a_request_is_its_own(
 ) -> None:
     original = type(world.ours).encode_images
 
+    red = torch.from_numpy(values(world.pictures[5])[0, 0, :4])
+
     def greedy(self: LlavaModel, patches: torch.Tensor) -> torch.Tensor:
-        if (patches[:, 0, 0] == world.pictures[5][0, 0, 0]).any():
+        if (patches[:, 0, :4] == red).all(dim=1).any():
             raise torch.OutOfMemoryError("no")
         return original(self, patches)
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
 from support.paged import Prompt, greedy
+from support.pictures import values
 from transformers import LlavaForConditionalGeneration
 
 from llava_engine import FinishReason, SamplingParams
 from llava_engine.errors import LlavaError
+from llava_engine.kernels.preprocess import DecodedPicture
 from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime.sequence import Picture, Sequence
 from llava_engine.text.prompt import placeholder_ids
@@ -68,7 +69,7 @@ class World:
 
     ours: LlavaModel
     theirs: LlavaForConditionalGeneration
-    pictures: list[np.ndarray]
+    pictures: list[DecodedPicture]
     error: float = 0.0
     """The largest difference of any logit between the two, on the same tokens."""
 
@@ -89,7 +90,7 @@ class World:
             return Prompt([1, *question])
         config = self.ours.config
         image = [config.image_token_id] * config.image_tokens
-        pixels = torch.from_numpy(self.pictures[picture])[None]
+        pixels = torch.from_numpy(values(self.pictures[picture]))[None]
         return Prompt([1, *image, *question], pixels)
 
     @torch.inference_mode()

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from support.checkpoints import make_checkpoint
+from support.pictures import picture, random_pictures, values
 from transformers import LlavaForConditionalGeneration
 
 from llava_engine import EngineConfig, FinishReason, SamplingParams
 from llava_engine.errors import LlavaError
+from llava_engine.kernels.preprocess import DecodedPicture
 from llava_engine.network.llava import LlavaModel
 from llava_engine.network.weights import load_model
 from llava_engine.runtime.decode_loop import TokenEvent
@@ -69,7 +70,7 @@ class World:
 
     ours: LlavaModel
     theirs: LlavaForConditionalGeneration
-    pictures: list[np.ndarray]
+    pictures: list[DecodedPicture]
 
     def sequence(
         self, picture: int | None, question: list[int], count: int, sink: Sink, **options: object
@@ -93,7 +94,7 @@ class World:
         inputs = {}
         if picture is not None:
             ids += [self.ours.config.image_token_id] * self.ours.config.image_tokens
-            inputs["pixel_values"] = torch.from_numpy(self.pictures[picture])[None]
+            inputs["pixel_values"] = torch.from_numpy(values(self.pictures[picture]))[None]
         input_ids = torch.tensor([ids + question])
         with torch.inference_mode():
             out = self.theirs.generate(
@@ -116,11 +117,10 @@ def make_world(directory: Path) -> World:
     theirs.generation_config.eos_token_id = None
     theirs.generation_config.pad_token_id = 0
     ours = load_model(directory, device=CPU, dtype=torch.float32)
-    side = ours.config.vision.image_size
-    generator = np.random.default_rng(0)
-    pictures = [generator.standard_normal((3, side, side), dtype=np.float32) for _ in range(6)]
-    pictures[1] = pictures[0].copy()
-    pictures[1][0, 0, 0] += 2.0
+    pictures = random_pictures(0, 6, ours.config.vision.image_size)
+    pixels = pictures[0].pixels.copy()
+    pixels[0, 0, 0] ^= 128
+    pictures[1] = picture(pixels)
     return World(ours, theirs, pictures)
 
 
