@@ -3,10 +3,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc),nvcc)
+export NVCC
+
+# What `make demo` builds the kernels for: the GPUs here, of those that csrc/ is written for.
+GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d .)
+ARCHS = $(sort $(patsubst 90,90a,$(filter 80 86 89 90,$(GPUS))))
+KERNELS := llava_engine/_kernels.so
 
 .PHONY: demo test check csrc bench clean
 
 demo: $(VENV)/.installed
+	@archs='$(ARCHS)'; if [ -n "$$archs" ] && [ ! -e $(KERNELS) ] && command -v $(NVCC) >/dev/null; then \
+	  echo "Building the CUDA kernels for this GPU ($$archs); this can take some minutes."; \
+	  LLAVA_CUDA_ARCHS="$${LLAVA_CUDA_ARCHS:-$$archs}" $(BIN)/python setup.py --quiet build_csrc || \
+	    echo 'They could not be built: the demo runs on the CPU.'; fi
 	$(BIN)/llava-engine describe
 
 test: $(VENV)/.installed-test
