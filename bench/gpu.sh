@@ -2,7 +2,7 @@
 # On a GPU machine, from a checkout with llava_engine/_kernels.so in it (python setup.py build_csrc):
 # the GPU tests, the kernels' benchmark and compute-sanitizer. Results go to a folder.
 #
-#     bench/gpu.sh [FOLDER]     PYTHON and COMMIT may be set; parts: PARTS="smoke tests bench step decode sanitize" (load fp8)
+#     bench/gpu.sh [FOLDER]     PYTHON and COMMIT may be set; parts: PARTS="smoke tests bench step decode sanitize" (vision load fp8)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-bench/results}}
@@ -46,6 +46,9 @@ EOF
       ;;
     step)
       $python bench/decode_step.py --json "$out/decode_step.json" || failed=1
+      ;;
+    vision)
+      $python bench/vision.py --json "$out/vision.json" || failed=1
       ;;
     fp8)  # what prefill in fp8 costs in accuracy: not in the default parts either
       $python bench/fp8.py --json "$out/fp8.json" || failed=1

@@ -7,8 +7,6 @@ runner's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from llava_engine.kernels.preprocess import DecodedPicture, preprocess
@@ -17,16 +15,9 @@ from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime.graph import CapturedGraphs
 from llava_engine.runtime.streams import DeviceStreams
 
-_MOST_CAPTURED = 4  # pictures; for more at once the GPU takes longer than the launches
-
-
-@dataclass
-class _Encoding:
-    """A captured encoding: what it reads, what it writes, and the graph."""
-
-    patches: torch.Tensor
-    rows: torch.Tensor
-    graph: int
+MOST_AT_ONCE = 8
+"""Pictures; more are encoded in several turns, since the GPU gains little by more and attention
+plans anew for every number of them."""
 
 
 class PictureEncoder:
@@ -41,25 +32,28 @@ class PictureEncoder:
         self._graphs: CapturedGraphs | None = None
         if captures and streams.prefill is not None:
             self._graphs = CapturedGraphs(streams.prefill)
-        self._encodings: dict[int, _Encoding] = {}
+        self._captured: dict[int, int] = {}
+        # What every graph reads and writes, the first pictures of them.
+        self._patches: torch.Tensor | None = None
+        self._rows: torch.Tensor | None = None
 
     def __call__(self, pictures: list[DecodedPicture]) -> torch.Tensor:
         """Embedding rows [n, image_tokens, hidden], the caller's own."""
-        count = len(pictures)
-        if self._graphs is None or count > _MOST_CAPTURED:
-            patches = self._empty_patches(count)
-            self._prepare(patches, pictures)
-            return self._model.encode_images(patches)
-        encoding = self._encodings.get(count)
-        if encoding is None:
-            encoding = self._encodings[count] = self._capture(self._graphs, count)
-        self._prepare(encoding.patches, pictures)
-        self._graphs.launch(encoding.graph)
-        return encoding.rows.clone()
+        rows = self._empty_rows(len(pictures))
+        for start in range(0, len(pictures), MOST_AT_ONCE):
+            turn = slice(start, start + MOST_AT_ONCE)
+            if self._graphs is None:
+                patches = self._empty_patches(len(pictures[turn]))
+                self._prepare(patches, pictures[turn])
+                self._model.encode_images(patches, rows[turn])
+            else:
+                self._replay(self._graphs, rows[turn], pictures[turn])
+        return rows
 
     def close(self) -> None:
         """Drop what was captured."""
-        self._encodings.clear()
+        self._captured.clear()
+        self._patches = self._rows = None
         if self._graphs is not None:
             self._graphs.clear()
 
@@ -68,19 +62,33 @@ class PictureEncoder:
         shape = count, vision.num_patches, patch_width(vision.patch_size)
         return torch.empty(shape, dtype=model.dtype, device=model.device)
 
+    def _empty_rows(self, count: int) -> torch.Tensor:
+        model, config = self._model, self._model.config
+        shape = count, config.image_tokens, config.text.hidden_size
+        return torch.empty(shape, dtype=model.dtype, device=model.device)
+
     def _prepare(self, patches: torch.Tensor, pictures: list[DecodedPicture]) -> None:
         """Upload the pictures and write the rows of their patches."""
         patch_size = self._model.config.vision.patch_size
         for rows, picture in zip(patches, pictures, strict=True):
             preprocess(rows, picture, self._streams.upload(picture.arrays), patch_size)
 
-    def _capture(self, graphs: CapturedGraphs, count: int) -> _Encoding:
-        config, model = self._model.config, self._model
-        patches = self._empty_patches(count).zero_()
-        rows = patches.new_empty(count, config.image_tokens, config.text.hidden_size)
+    def _replay(
+        self, graphs: CapturedGraphs, out: torch.Tensor, pictures: list[DecodedPicture]
+    ) -> None:
+        count = len(pictures)
+        if self._patches is None or self._rows is None:
+            self._patches = self._empty_patches(MOST_AT_ONCE).zero_()
+            self._rows = self._empty_rows(MOST_AT_ONCE)
+        patches, rows = self._patches[:count], self._rows[:count]
+        graph = self._captured.get(count)
+        if graph is None:
+            model = self._model
 
-        def encode() -> None:
-            rows.copy_(model.encode_images(patches))
+            def encode() -> None:
+                model.encode_images(patches, rows)
 
-        graph = graphs.capture(encode)
-        return _Encoding(patches, rows, graph)
+            graph = self._captured[count] = graphs.capture(encode)
+        self._prepare(patches, pictures)
+        graphs.launch(graph)
+        out.copy_(rows)

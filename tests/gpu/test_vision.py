@@ -12,6 +12,7 @@ import torch
 from support.checkpoints import make_checkpoint
 from support.gpu import GPU, NEEDS_GPU
 from support.kernels import poisoned, within_twice
+from support.pictures import random_pictures
 from transformers import LlavaForConditionalGeneration
 
 from llava_engine.kernels.activation import quick_gelu
@@ -22,6 +23,8 @@ from llava_engine.kernels.projector import project
 from llava_engine.network.clip import patch_rows
 from llava_engine.network.weights import load_model
 from llava_engine.runtime.graph import CapturedGraphs
+from llava_engine.runtime.picture_encoder import MOST_AT_ONCE, PictureEncoder
+from llava_engine.runtime.streams import DeviceStreams
 
 pytestmark = NEEDS_GPU
 
@@ -251,3 +254,24 @@ def test_a_captured_encoding_gives_what_the_same_calls_give(
                     assert torch.equal(rows, expected)
     finally:
         graphs.clear()
+
+
+def test_the_encoders_graphs_share_what_they_read_and_write(tmp_path: Path) -> None:
+    """Any number of pictures in any order, each batch's rows its own."""
+    make_checkpoint(tmp_path, **MODELS["large"])
+    model = load_model(tmp_path, device=GPU, dtype=torch.float16)
+    streams = DeviceStreams(GPU)
+    captured = PictureEncoder(model, streams, captures=True)
+    plain = PictureEncoder(model, streams, captures=False)
+    pictures = random_pictures(5, MOST_AT_ONCE + 3, model.config.vision.image_size)
+    try:
+        with torch.inference_mode(), streams.prefilling():
+            expected = [plain([picture]) for picture in pictures]
+            made = [captured(pictures[first:]) for first in (0, 10, 8, 3, 10, 7, 0)]
+            torch.cuda.synchronize()
+            for first, rows in zip((0, 10, 8, 3, 10, 7, 0), made, strict=True):
+                torch.testing.assert_close(rows, torch.cat(expected[first:]), rtol=1e-2, atol=1e-2)
+                if len(rows) == 1:
+                    assert torch.equal(rows, expected[first])
+    finally:
+        captured.close()

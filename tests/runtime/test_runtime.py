@@ -125,9 +125,9 @@ def test_a_picture_is_encoded_once_for_all_who_wait_for_it(
     encoded: list[int] = []
     original = type(world.ours).encode_images
 
-    def counting(self: LlavaModel, patches: torch.Tensor) -> torch.Tensor:
+    def counting(self: LlavaModel, patches: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         encoded.append(patches.shape[0])
-        return original(self, patches)
+        return original(self, patches, rows)
 
     monkeypatch.setattr(type(world.ours), "encode_images", counting)
     sinks = [Sink() for _ in range(12)]
@@ -256,10 +256,10 @@ def test_out_of_memory_in_a_request_is_its_own(
 
     red = torch.from_numpy(values(world.pictures[5])[0, 0, :4])
 
-    def greedy(self: LlavaModel, patches: torch.Tensor) -> torch.Tensor:
+    def greedy(self: LlavaModel, patches: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if (patches[:, 0, :4] == red).all(dim=1).any():
             raise torch.OutOfMemoryError("no")
-        return original(self, patches)
+        return original(self, patches, rows)
 
     monkeypatch.setattr(type(world.ours), "encode_images", greedy)
     hungry, modest = Sink(), Sink()
@@ -278,7 +278,7 @@ def test_what_a_failed_step_held_is_free_before_the_next_try(
     held: list[weakref.ref[torch.Tensor]] = []
     alive: list[bool] = []
 
-    def hungry(self: LlavaModel, patches: torch.Tensor) -> torch.Tensor:
+    def hungry(self: LlavaModel, patches: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         entered.set()
         assert release.wait(30)
         alive.extend(ref() is not None for ref in held)
@@ -286,7 +286,7 @@ def test_what_a_failed_step_held_is_free_before_the_next_try(
         if patches.shape[0] > 1:
             held.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("too many at once")
-        return original(self, patches)
+        return original(self, patches, rows)
 
     monkeypatch.setattr(type(world.ours), "encode_images", hungry)
     for wide in running(world, blocks=400, prefill_chunk=1000):
