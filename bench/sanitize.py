@@ -114,10 +114,11 @@ def attentions() -> None:
     for dtype in TYPES:
         for heads, kv_heads, dim in ((4, 4, 128), (4, 2, 64), (3, 1, 32), (2, 2, 256), (2, 1, 12)):
             q = torch.ones(int(rows[-1]), heads, dim, device=GPU, dtype=dtype)
-            cache = q.new_ones(6 * 19, kv_heads, 16, dim)
             workspace = attention_workspace(heads, kv_heads, dim, GPU)
             out = torch.empty_like(q)
-            paged_attention(out, q, cache, cache, table, rows, contexts, workspace, 70, 0.1)
+            for block_size in (16, 64):
+                cache = q.new_ones(6 * 19, kv_heads, block_size, dim)
+                paged_attention(out, q, cache, cache, table, rows, contexts, workspace, 70, 0.1)
 
 
 def samplings() -> None:

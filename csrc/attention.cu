@@ -110,6 +110,8 @@ void paged_attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tenso
   check_column(context_lens, ScalarType::Int, sequences, "context_lens");
   check_dense(workspace, "workspace");
   check_type(workspace, ScalarType::Float, "workspace");
+  // Masked scores are -inf, highest scores are found, before and after the scaling.
+  STD_TORCH_CHECK(scale > 0, "the scores' factor must be positive");
   const uint64_t block_size = k_cache.size(2);
   STD_TORCH_CHECK(block_table.size(1) * block_size * block_size < 1ull << 32,
                   "so long a context is not implemented with blocks of this size");
@@ -124,6 +126,7 @@ void paged_attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tenso
       data<int32_t>(query_start),
       data<int32_t>(context_lens),
       q.stride(0),
+      k_cache.size(0),
       static_cast<int>(tokens),
       static_cast<int>(sequences),
       static_cast<int>(heads),
@@ -140,7 +143,9 @@ void paged_attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tenso
   by_type(q, [&](auto zero) {
     using T = decltype(zero);
     if (!vectors) return launch_plain<T>(arguments, true, to.stream());
-    launch_decode<T>(arguments, workspace, to.stream());
+    // Where every sequence has the most rows, there is none of a single row.
+    const bool alike = tokens == sequences * max_query_len;
+    if (max_query_len == 1 || !alike) launch_decode<T>(arguments, workspace, to.stream());
     if (max_query_len == 1) return;
     if constexpr (sizeof(T) == 2) {
       launch_prefill<T>(arguments, to.stream());

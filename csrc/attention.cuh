@@ -14,6 +14,7 @@ struct AttentionArguments {
   const int32_t* query_start;   // [sequences + 1]
   const int32_t* context_lens;  // [sequences]
   int64_t q_stride;
+  int64_t blocks;  // of the cache
   int tokens, sequences, heads, kv_heads, dim, block_size, max_blocks;
   uint64_t block_magic;  // ceil(2^32 / block_size)
   float scale_log2;  // the scores' factor, times log2(e): the kernels use exp2

@@ -1,9 +1,7 @@
 // Prefill attention over the paged cache on the tensor cores (FlashAttention-2, Dao 2023): a block
 // has 64 query rows of one head, a warp 16 of them; keys and values come tile by tile through
 // cp.async, the values under the scores' product and the next keys under the values'.
-#include <algorithm>
-
-#include "attention.cuh"
+#include "attention_prefill.cuh"
 #include "mma.cuh"
 
 namespace llava_engine {
@@ -42,52 +40,6 @@ __device__ inline void load_tiles_transposed(unsigned (&tiles)[4], const void* r
                : "memory");
 }
 
-template <typename T>
-__device__ inline unsigned pair(float low, float high) {
-  Pack<T, 2> both{{from_float<T>(low), from_float<T>(high)}};
-  return *reinterpret_cast<unsigned*>(&both);
-}
-
-// 2^x, flushed to 0 where it is tiny.
-__device__ inline float power_of_2(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-
-struct Tile {
-  int sequence;  // -1 behind the last tile
-  int index;     // which 64 rows of it
-};
-
-// Tile number `wanted` over all sequences of two or more rows, which only the device can count.
-__device__ inline Tile find_tile(const AttentionArguments& a, int wanted) {
-  const int lane = threadIdx.x % kWarp;
-  int before = 0;
-  for (int base = 0; base < a.sequences; base += kWarp) {
-    const int sequence = base + lane;
-    int tiles = 0;
-    if (sequence < a.sequences) {
-      const int rows = a.query_start[sequence + 1] - a.query_start[sequence];
-      tiles = rows > 1 ? ceil_div(rows, kRows) : 0;
-    }
-    int through = tiles;
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, through, offset);
-      if (lane >= offset) through += other;
-    }
-    const unsigned reached = __ballot_sync(kAllLanes, before + through > wanted);
-    if (reached != 0) {
-      const int holder = __ffs(reached) - 1;
-      const int start = __shfl_sync(kAllLanes, before + through - tiles, holder);
-      return {base + holder, wanted - start};
-    }
-    before += __shfl_sync(kAllLanes, through, kWarp - 1);
-  }
-  return {-1, 0};
-}
-
 // kDim: the head's dimensions, filled up with zeros. kKeys: keys per tile.
 template <typename T, int kDim, int kKeys>
 __global__ __launch_bounds__(kThreads) void prefill_kernel(AttentionArguments a) {
@@ -101,13 +53,11 @@ __global__ __launch_bounds__(kThreads) void prefill_kernel(AttentionArguments a)
   __shared__ int64_t offsets[2][kKeys];
 
   // The last tiles of a sequence see the most keys: start them first.
-  const Tile tile = find_tile(a, gridDim.x - 1 - blockIdx.x);
+  const QueryTile tile = find_tile<kRows>(a, gridDim.x - 1 - blockIdx.x);
   if (tile.sequence < 0) return;
   const int head = blockIdx.y;
   const int kv_head = head / (a.heads / a.kv_heads);
-  const int start = a.query_start[tile.sequence];
-  const int length = a.query_start[tile.sequence + 1] - start;
-  const int context = a.context_lens[tile.sequence];
+  const int start = tile.start, length = tile.length, context = tile.context;
   const int first = tile.index * kRows;
   const int rows = min(kRows, length - first);
   T* out = static_cast<T*>(a.out) + (static_cast<int64_t>(start + first) * a.heads + head) * a.dim;
@@ -269,9 +219,7 @@ void launch(const AttentionArguments& a, cudaStream_t stream) {
     constexpr auto kLimit = cudaFuncAttributeMaxDynamicSharedMemorySize;
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, kLimit, kBytes));
   }
-  // At most so many tiles, however the rows are divided among the sequences.
-  const int tiles = a.tokens / kRows + std::min(a.sequences, a.tokens / 2);
-  kernel<<<dim3(tiles, a.heads), kThreads, kBytes, stream>>>(a);
+  kernel<<<dim3(most_tiles<kRows>(a), a.heads), kThreads, kBytes, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -279,6 +227,7 @@ void launch(const AttentionArguments& a, cudaStream_t stream) {
 
 template <typename T>
 void launch_prefill(const AttentionArguments& a, cudaStream_t stream) {
+  if (launch_wgmma_prefill<T>(a, stream)) return;
   if (a.dim <= 32) {
     launch<T, 32, 64>(a, stream);
   } else if (a.dim <= 64) {
