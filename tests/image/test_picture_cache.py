@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageFile
+from support.pictures import rows_of
 
 from llava_engine.errors import ImageDecodeError, ImageTooLarge
 from llava_engine.image.load import load_image
 from llava_engine.image.picture_cache import PictureCache, PreparedPicture
 from llava_engine.image.preprocess import ImageProcessorConfig, picture_key, preprocess
-from llava_engine.kernels.preprocess import preprocess as to_patches
 
 PROCESSOR = ImageProcessorConfig(shortest_edge=56, crop_size=(56, 56))
 SIZE = 3 * 56 * 56  # bytes of one resampled picture
@@ -51,10 +50,7 @@ def fresh(source: object, processor: ImageProcessorConfig = PROCESSOR) -> tuple[
 
 def values(picture: PreparedPicture) -> np.ndarray:
     """float32 [3, 56, 56], put together from the one patch that is as large as the picture."""
-    rows = torch.full((1, 3 * 56 * 56), torch.nan)
-    arrays = [torch.tensor(array) for array in picture.pixels.arrays]
-    to_patches(rows, picture.pixels, arrays, 56)
-    return rows.view(3, 56, 56).numpy()
+    return rows_of(picture.pixels, 56).view(3, 56, 56).numpy()
 
 
 class Decodes:
