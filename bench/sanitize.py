@@ -28,6 +28,7 @@ from llava_engine.kernels.norm import (
     layer_norm,
     rms_norm,
 )
+from llava_engine.kernels.preprocess import COLUMNS, ROWS, resample, write_patches
 from llava_engine.kernels.projector import project
 from llava_engine.kernels.rope_kv import rope_append
 from llava_engine.kernels.sampling import sample
@@ -98,6 +99,21 @@ def linears() -> None:
         linear_add(x.new_ones(2, len(weight)), x, weight)
 
 
+def pictures() -> None:
+    """5 of 9 rows and 11 of 30 columns from all, then 4 x 6 patches of 2 x 2."""
+    pixels = torch.full((9, 30, 3), 200, dtype=torch.uint8, device=GPU)
+    rows = torch.tensor([[0, 1, 3, 5, 6], *[[1 << 21] * 5] * 3, *[[1 << 20] * 5] * 3]).int().to(GPU)
+    columns = torch.tensor([[*range(0, 22, 2)], *[[1 << 21] * 11] * 3, *[[1 << 19] * 11] * 9]).int()
+    columns, levels = columns.to(GPU), torch.ones(256, 3, device=GPU)
+    across, down = pixels.new_empty(9, 11, 3), pixels.new_empty(5, 30, 3)
+    resample(across, pixels, columns, COLUMNS)
+    resample(down, pixels, rows, ROWS)
+    for dtype in TYPES:
+        out = torch.empty(24, 16, dtype=dtype, device=GPU)
+        write_patches(out, across, rows, ROWS, levels, 2, 9, 13, 3, 1)
+        write_patches(out, down, columns, COLUMNS, levels, 2, 9, 13, 3, 1)
+
+
 def projectors() -> None:
     for dtype in TYPES:
         x = torch.ones(3, 8, 24, device=GPU, dtype=dtype)[:, 1:]
@@ -165,6 +181,7 @@ GROUPS = {
     "activation": activations,
     "rope": ropes,
     "linear": linears,
+    "picture": pictures,
     "projector": projectors,
     "attention": attentions,
     "sampling": samplings,
