@@ -4,7 +4,12 @@ Takes what `header.read_header` let through, so every limit was kept before. Wha
 what the GPU's decoder refuses, is None here and Pillow's to decode and to judge. Knows nothing of
 orientation, of keys or of what the pixels are for.
 
-The pixels are not Pillow's: MEASURED
+The pixels are nearly Pillow's: of 1920x1080 files on an H100 (nvJPEG 13.3, chroma interpolated as
+in libjpeg-turbo) 4:4:4 was the same, baseline 4:2:0 differed by 1 level at most and 0.0001 in the
+mean, progressive 4:2:0 by 3 and 0.02. Other GPUs and versions may differ more.
+
+nvJPEG runs in this process and on the engine's GPU: where a stranger's file sets off a fault of its
+own, the engine goes down with it.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ _KEPT_BYTES = 32 << 20  # of a lane's output that is kept for the next picture
 _MAX_SEGMENTS = 512  # 64 scans with their tables; others are not plain
 
 _BASELINE, _PROGRESSIVE = 0xC0, 0xC2
-_TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xEE)  # Huffman, quantisation, restarts; JFIF and Adobe
+_TABLES = (0xC4, 0xDB, 0xE0, 0xEE)  # Huffman, quantisation; JFIF and Adobe
 _SCAN = 0xDA
 _END = b"\xff\xd9"
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # what ends a scan's data
@@ -120,7 +125,8 @@ def plain_jpeg(header: Header) -> bytes | None:
 
     Plain are baseline and progressive Huffman files of 8 bits, grey or YCbCr with 4:4:4, 4:4:0,
     4:2:2 or 4:2:0 chroma, of at most 16 Mpixel and whole: a file without an end marker is cut
-    short, and what that means is not the GPU's to decide.
+    short, and what that means is not the GPU's to decide. Files with restart intervals are not:
+    the run that sent nvJPEG a large one stopped there.
     """
     if header.format != "JPEG" or header.width * header.height > _MAX_PIXELS:
         return None
@@ -211,11 +217,11 @@ class _CudaLane:
             return None
         with torch.cuda.stream(self._stream):
             pixels = torch.as_tensor(image, device=self._stream.device)
-            # Not image.cpu(): that allocates and frees pinned memory anew, and freeing it waits
-            # for all the device's work. Torch keeps what it has pinned.
-            host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-            host.copy_(pixels, non_blocking=True)
-        self._stream.synchronize()
+            # Not pinned: who decodes may keep the pixels and count their bytes, and torch rounds up
+            # what it pins and does not give it back. Not image.cpu() either: that pins anew each
+            # time, and unpinning waits for all the device's work.
+            host = torch.empty(pixels.shape, dtype=torch.uint8)
+            host.copy_(pixels)
         if image.capacity <= _KEPT_BYTES:
             self._image = image
         decoded: Pixels = host.numpy()
