@@ -52,7 +52,9 @@ _LUMA_SAMPLING = (0x11, 0x12, 0x21, 0x22)  # 4:4:4, 4:4:0, 4:2:2, 4:2:0 beside c
 class GpuJpegDecoder:
     """Decodes plain JPEGs, for any number of threads: each takes a lane that no other has.
 
-    There are as many lanes as threads that ever decoded at once; `open_lane` makes them.
+    There are as many lanes as threads that ever decoded at once; `open_lane` makes them. Each holds
+    device memory that the pool does not count: 40 MiB after a 1920x1080 picture, some 200 after
+    one of 12 Mpixel.
     """
 
     def __init__(self, open_lane: Callable[[], Lane]) -> None:
