@@ -149,6 +149,37 @@ def test_import_is_light() -> None:
     assert min(took for took, _ in runs) < 0.2
 
 
+NEEDLESS = {
+    "torch._dynamo",  # the compiler; arithmetic on the meta device brings it in
+    "torch._inductor",
+    "sympy",
+    "httpx",
+    "httpcore",
+    "huggingface_hub",
+    "transformers",
+    "safetensors",
+}
+"""Slow to import, and of no use to who describes a file with a model that is here."""
+
+
+def test_a_cold_start_imports_only_what_it_needs() -> None:
+    code = """
+        import json, sys
+        import llava_engine
+        from llava_engine.demo import picture_path
+
+        model = llava_engine.get("llava-tiny", llava_engine.EngineConfig(device="cpu"))
+        text = model.describe_image(picture_path(), "Describe the picture.").text()
+        print(json.dumps([text, sorted(sys.modules)]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True
+    )
+    text, imported = json.loads(done.stdout)
+    assert text and "torch" in imported
+    assert NEEDLESS & set(imported) == set()
+
+
 def test_public_names_are_there() -> None:
     for name in llava_engine.__all__:
         assert getattr(llava_engine, name) is not None

@@ -6,10 +6,14 @@ Copies are held back by kernels that spin, so that it shows where something does
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -19,7 +23,7 @@ from support.gpu import GPU, NEEDS_GPU
 
 import llava_engine
 from bench.demo_model.scenes import make_scene, render
-from llava_engine import EngineConfig, PoolConfig, SpawnFailed, WorkerPool
+from llava_engine import EngineConfig, PoolConfig, WorkerPool
 from llava_engine.errors import WeightsError
 from llava_engine.network import tensor_reader
 from llava_engine.network.safetensors_file import SafetensorsFile
@@ -51,6 +55,19 @@ def cut(directory: Path) -> Callable[[str, int, int], None]:
             os.truncate(file, size)
 
     return progress
+
+
+def shard(directory: Path) -> None:
+    """Make two files and an index of a checkpoint in one."""
+    tensors = load_file(directory / SINGLE)
+    (directory / SINGLE).unlink()
+    weight_map: dict[str, str] = {}
+    for number in range(2):
+        part = dict(sorted(tensors.items())[number::2])
+        save_file(part, directory / f"model-{number}.safetensors")
+        weight_map.update(dict.fromkeys(part, f"model-{number}.safetensors"))
+    index = json.dumps({"weight_map": weight_map})
+    (directory / "model.safetensors.index.json").write_text(index)
 
 
 @pytest.mark.parametrize("piece_bytes", [96, 1 << 24])
@@ -165,9 +182,16 @@ def test_memory_is_given_back(
         gc.enable()
 
 
-def test_the_pool_recovers_from_a_file_that_was_cut_short(tmp_path: Path) -> None:
-    whole = Path(llava_engine.__file__).parent / "demo" / "llava-tiny"
-    directory = shutil.copytree(whole, tmp_path / "model")
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_the_pool_recovers_from_a_file_that_was_cut_short(
+    layout: Literal["single", "sharded"], tmp_path: Path
+) -> None:
+    """The device's memory is back before the next try, although the failure is kept."""
+    tiny = Path(llava_engine.__file__).parent / "demo" / "llava-tiny"
+    whole, directory = shutil.copytree(tiny, tmp_path / "whole"), tmp_path / "model"
+    if layout == "sharded":
+        shard(whole)
+    shutil.copytree(whole, directory)
     picture = render(make_scene(77, 0))
     cutting = cut(directory)
     armed = [True]
@@ -176,11 +200,80 @@ def test_the_pool_recovers_from_a_file_that_was_cut_short(tmp_path: Path) -> Non
         if armed:
             cutting(stage, done, total)
 
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch._C._host_emptyCache()
+    reserved = torch.cuda.memory_reserved()
+    pinned = torch.cuda.host_memory_stats()["allocated_bytes.current"]
     with WorkerPool(PoolConfig(max_workers=1)) as pool:
-        config = EngineConfig(device="cuda:0", kv_cache_mb=256)
+        config = EngineConfig(device="cuda:0", kv_cache_mb=64)
         model = llava_engine.get(directory, config, pool=pool, progress=progress)
-        with pytest.raises((WeightsError, SpawnFailed)):
+        with pytest.raises(WeightsError, match="truncated") as failure:
             model.describe_image(picture, "Describe the picture.").text()
+        assert failure.value.__traceback__ is not None
+        assert pool.total_memory_mb() == 0
+        assert torch.cuda.memory_reserved() == reserved
+        assert torch.cuda.host_memory_stats()["allocated_bytes.current"] == pinned
         armed.clear()
-        shutil.copy(whole / SINGLE, directory / SINGLE)
+        for file in whole.glob("*.safetensors"):
+            shutil.copy(file, directory)
         assert model.describe_image(picture, "Describe the picture.").text()
+
+
+COLD = """
+import json, sys
+import llava_engine
+from llava_engine.demo import picture_path
+
+model = llava_engine.get("llava-tiny", llava_engine.EngineConfig())
+text = model.describe_image(picture_path(), "Describe the picture.").text()
+(model,) = llava_engine.vision_pool().health()["models"].values()
+devices = [worker["device"] for worker in model["workers"]]
+print(json.dumps([text, devices, model["cold_start"], sorted(sys.modules)]))
+"""
+
+
+def test_a_cold_start_of_a_process(record_property: Callable[[str, object], None]) -> None:
+    """It is on the GPU unasked, every stage is told, and torch's compiler stays out of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", COLD], check=True, stdout=subprocess.PIPE, text=True, timeout=120
+    )
+    text, devices, stages, imported = json.loads(done.stdout)
+    record_property("cold_start", json.dumps({k: round(v, 3) for k, v in stages.items()}))
+    assert text and devices and all(device.startswith("cuda:") for device in devices)
+    assert {"imports", "context", "library", "weights", "kv cache, graphs", "total"} <= set(stages)
+    assert all(0 <= seconds <= stages["total"] for seconds in stages.values())
+    needless = {"torch._dynamo", "torch._inductor", "sympy", "httpx", "huggingface_hub"}
+    assert needless & set(imported) == set()
+
+
+def test_the_command_says_that_it_ran_on_the_gpu() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_engine.cli", "describe"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    name = torch.cuda.get_device_name()
+    assert f"({name}), compiled kernels" in done.stderr and "cuda:" in done.stderr
+    assert len(done.stdout.split()) > 2
+
+
+def test_a_gpu_that_is_not_used_is_named(tmp_path: Path) -> None:
+    """The package without its library, as where nobody could build it."""
+    package = Path(llava_engine.__file__).parent
+    shutil.copytree(
+        package, tmp_path / package.name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_engine.cli", "describe", "--max-new-tokens", "2"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.stderr.startswith("llava-engine: ran on the CPU; ")
+    assert "is not used: the package's CUDA library is not there" in done.stderr
