@@ -2,7 +2,7 @@
 # On a GPU machine, from a checkout with llava_engine/_kernels.so in it (python setup.py build_csrc):
 # the GPU tests, the kernels' benchmark and compute-sanitizer. Results go to a folder.
 #
-#     bench/gpu.sh [FOLDER]     PYTHON and COMMIT may be set; parts: PARTS="smoke tests bench step decode sanitize" (vision load fp8)
+#     bench/gpu.sh [FOLDER]     PYTHON and COMMIT may be set; parts: PARTS="smoke tests bench step decode sanitize" (vision load cold fp8)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-bench/results}}
@@ -55,6 +55,9 @@ EOF
       ;;
     load)  # writes a checkpoint of 14 GB to a temporary folder first: not in the default parts
       $python bench/load.py 14 --json "$out/load.json" || failed=1
+      ;;
+    cold)  # so does this; then seven processes start from it
+      $python bench/cold_start.py --json "$out/cold_start.json" || failed=1
       ;;
     decode)
       $python bench/decode.py --json "$out/decode.json" || failed=1
