@@ -1,0 +1,159 @@
+"""What does it take from decoded pixels in the host's memory to the rows of patches on the GPU?
+
+For LLaVA-1.5's processor (336 x 336, bicubic) and fp16, pictures of each size in turn, so that no
+cache holds them; the filter's weights for that size are known. Medians, in milliseconds:
+
+    ms          from the pixels in pageable memory to the end of the last kernel
+    host_ms     of that, until the calls have returned
+    pinned_ms   the same work from pinned memory that is there: the copy and the kernels, by events
+    kernels_ms  the kernels alone, by events, back to back
+    pillow_ms   the CPU path: Pillow's resize, crop, levels to float32
+    resize_ms   of that, Image.resize alone
+
+    python bench/preprocess.py [HEIGHTxWIDTH ...] [--repeats 200] [--json PATH]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llava_engine.image.load import LoadedImage
+from llava_engine.image.preprocess import ImageProcessorConfig, decoded_picture, preprocess
+from llava_engine.kernels.library import require_kernels
+from llava_engine.kernels.preprocess import DecodedPicture
+from llava_engine.kernels.preprocess import preprocess as write_rows
+from llava_engine.network.clip import patch_rows, patch_width
+from llava_engine.runtime.streams import DeviceStreams
+
+DEVICE = torch.device("cuda")
+PROCESSOR = ImageProcessorConfig(shortest_edge=336, crop_size=(336, 336))
+PATCH = 14
+PICTURES_BYTES = 200 << 20  # of different pictures, at least 3
+
+
+def median_ms(action: Callable[[], object], repeats: int) -> float:
+    """The median of `repeats` calls after a few that do not count."""
+    times = []
+    for _ in range(3 + repeats):
+        started = time.perf_counter()
+        action()
+        times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times[3:])
+
+
+def event_ms(action: Callable[[], object], repeats: int, calls: int = 1) -> float:
+    """The same by events around `calls` of it, each."""
+    times = []
+    for _ in range(3 + repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(500_000 * calls)  # so that all is queued before any of it runs
+        start.record()
+        for _ in range(calls):
+            action()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / calls)
+    return statistics.median(times[3:])
+
+
+def measure(height: int, width: int, repeats: int) -> dict[str, object]:
+    generator = np.random.default_rng(height * width)
+    count = max(3, PICTURES_BYTES // (3 * height * width))
+    images = [
+        LoadedImage(generator.integers(0, 256, (height, width, 3), dtype=np.uint8), b"", 1)
+        for _ in range(count)
+    ]
+    streams, turn = DeviceStreams(DEVICE), cycle(images)
+    shape = (336 // PATCH) ** 2, patch_width(PATCH)
+    rows = torch.full(shape, torch.nan, dtype=torch.float16, device=DEVICE)
+    host = []
+
+    def prepare() -> DecodedPicture:
+        started = time.perf_counter()
+        decoded = decoded_picture(next(turn), PROCESSOR, resample=False)
+        write_rows(rows, decoded, streams.upload(decoded.arrays), PATCH)
+        host.append(1e3 * (time.perf_counter() - started))
+        torch.cuda.synchronize()
+        return decoded
+
+    with torch.inference_mode(), streams.prefilling():
+        decoded = prepare()
+        expected = preprocess(images[0], PROCESSOR)
+        expected = patch_rows(torch.from_numpy(expected)[None], PATCH)[0].half()
+        assert torch.equal(rows.cpu(), expected), "not the CPU path's rows"
+
+        whole = median_ms(prepare, repeats)
+        pinned = [torch.tensor(array).pin_memory() for array in decoded.arrays]
+        there = [array.to(DEVICE) for array in pinned]
+
+        def copy_and_write() -> None:
+            for copy, array in zip(there, pinned, strict=True):
+                copy.copy_(array, non_blocking=True)
+            write_rows(rows, decoded, there, PATCH)
+
+        copied = event_ms(copy_and_write, repeats)
+        kernels = event_ms(lambda: write_rows(rows, decoded, there, PATCH), repeats, calls=20)
+    fewer = max(5, repeats // 10)
+    whole_cpu = median_ms(lambda: preprocess(next(turn), PROCESSOR), fewer)
+    full = (336, int(336 * width / height)) if width > height else (int(336 * height / width), 336)
+    source = Image.fromarray(images[0].pixels)
+    return {
+        "height": height,
+        "width": width,
+        "uploaded_bytes": sum(array.nbytes for array in decoded.arrays),
+        "ms": whole,
+        "host_ms": statistics.median(host[4:]),
+        "pinned_ms": copied,
+        "kernels_ms": kernels,
+        "pillow_ms": whole_cpu,
+        "resize_ms": median_ms(lambda: source.resize(full[::-1], Image.Resampling.BICUBIC), fewer),
+    }
+
+
+def size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return int(height), int(width)
+
+
+def main() -> None:
+    """Print a line per size; write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    usual = [(1080, 1920), (336, 336), (2400, 1080), (3000, 4000)]
+    parser.add_argument("sizes", type=size, nargs="*", default=usual, metavar="HEIGHTxWIDTH")
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    require_kernels(DEVICE)
+    results = []
+    for height, width in arguments.sizes:
+        result = measure(height, width, arguments.repeats)
+        results.append(result)
+        figures = "  ".join(f"{k} {v:.4f}" for k, v in result.items() if k.endswith("ms"))
+        print(f"preprocess {width}x{height} uint8 on the host -> patch rows: {figures}", flush=True)
+    record = {
+        "commit": os.environ.get("COMMIT", "unknown"),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+        "repeats": arguments.repeats,
+        "sizes": results,
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
