@@ -1,5 +1,5 @@
-// Rows in 8 bits (e4m3), each with its own scale, alone and behind RMSNorm. One block per row, which
-// is read once and then stays in registers.
+// Rows in 8 bits (e4m3), each with its own scale, alone and behind RMSNorm. One block per row,
+// which is read once and then stays in registers.
 #include <cuda_fp8.h>
 
 #include <algorithm>
@@ -14,97 +14,127 @@ constexpr float kLargest = 448.0f;  // of e4m3
 constexpr float kTiny = 0x1p-100f;  // a row without anything as large counts as zero
 constexpr int kMostThreads = 1024;
 
-// The largest absolute value of a block of whole warps, in every thread; NaN if there is one. As
-// bits, absolute values are ordered as they are as numbers, and NaN lies above infinity. Called once
-// per kernel.
-template <int N>
-__device__ inline float block_largest(const float (&values)[N]) {
-  __shared__ unsigned largest[kWarp];
-  unsigned x = 0;
+enum Kind { kPlain, kNorm, kAddNorm };
+
+// A thread's part of a row, in the row's own type: what is normalised is rounded to that anyway. It
+// has V pieces of N elements, as many pieces apart as the block has threads.
+template <typename T, int N, int V>
+struct Part {
+  Pack<T, N> pieces[V] = {};  // zeros beyond the row's end
+
+  __device__ static int column(int v) { return (v * blockDim.x + threadIdx.x) * N; }
+
+  __device__ void load(const T* row, int columns) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) x = max(x, __float_as_uint(values[i]) & 0x7fffffffu);
+    for (int v = 0; v < V; ++v) {
+      if (column(v) < columns) {
+        pieces[v] = *reinterpret_cast<const Pack<T, N>*>(row + column(v));
+      }
+    }
+  }
+
+  __device__ void store(T* row, int columns) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      if (column(v) < columns) *reinterpret_cast<Pack<T, N>*>(row + column(v)) = pieces[v];
+    }
+  }
+
+  // Puts f(element, its like in the other part) in each element's place.
+  template <typename F>
+  __device__ void combine(const Part& other, F&& f) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        pieces[v].values[j] = from_float<T>(
+            f(to_float(pieces[v].values[j]), to_float(other.pieces[v].values[j])));
+      }
+    }
+  }
+
+  __device__ float squares() const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float x = to_float(pieces[v].values[j]);
+        sum += x * x;
+      }
+    }
+    return sum;
+  }
+
+  // The largest absolute value, as bits, which are ordered as the numbers are; NaN is above all.
+  __device__ unsigned largest() const {
+    unsigned bits = 0;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        bits = max(bits, __float_as_uint(to_float(pieces[v].values[j])) & 0x7fffffffu);
+      }
+    }
+    return bits;
+  }
+
+  __device__ void store_fp8(__nv_fp8_storage_t* row, int columns, float factor) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      if (column(v) >= columns) continue;
+      const T* values = pieces[v].values;
+      if constexpr (N == 1) {
+        row[column(v)] =
+            __nv_cvt_float_to_fp8(to_float(values[0]) * factor, __NV_SATFINITE, __NV_E4M3);
+      } else {
+        Pack<__nv_fp8x2_storage_t, N / 2> made;
+#pragma unroll
+        for (int j = 0; j < N; j += 2) {
+          const float2 two{to_float(values[j]) * factor, to_float(values[j + 1]) * factor};
+          made.values[j / 2] = __nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, __NV_E4M3);
+        }
+        *reinterpret_cast<Pack<__nv_fp8x2_storage_t, N / 2>*>(row + column(v)) = made;
+      }
+    }
+  }
+};
+
+// The maximum over a block of whole warps, in every thread. Called once per kernel.
+__device__ inline unsigned block_max(unsigned x) {
+  __shared__ unsigned largest[kWarp];
   const int lane = threadIdx.x % kWarp;
   x = __reduce_max_sync(kAllLanes, x);
   if (lane == 0) largest[threadIdx.x / kWarp] = x;
   __syncthreads();
-  x = lane < blockDim.x / kWarp ? largest[lane] : 0;
-  return __uint_as_float(__reduce_max_sync(kAllLanes, x));
+  return __reduce_max_sync(kAllLanes, lane < blockDim.x / kWarp ? largest[lane] : 0);
 }
 
-template <int N>
-__device__ inline void store_fp8(__nv_fp8_storage_t* to, const float* values, float inverse) {
-  if constexpr (N == 1) {
-    *to = __nv_cvt_float_to_fp8(values[0] * inverse, __NV_SATFINITE, __NV_E4M3);
-  } else {
-    Pack<__nv_fp8x2_storage_t, N / 2> pack;
-#pragma unroll
-    for (int i = 0; i < N; i += 2) {
-      pack.values[i / 2] = __nv_cvt_float2_to_fp8x2(
-          make_float2(values[i] * inverse, values[i + 1] * inverse), __NV_SATFINITE, __NV_E4M3);
-    }
-    *reinterpret_cast<Pack<__nv_fp8x2_storage_t, N / 2>*>(to) = pack;
-  }
-}
-
-enum Kind { kPlain, kNorm, kAddNorm };
-
-// Each thread has V pieces of N elements, blockDim pieces apart.
+// x is not __restrict__, or it might be read before the kernel that writes it has ended.
 template <typename T, int N, int V, Kind kKind>
-__global__ void quantize_kernel(__nv_fp8_storage_t* __restrict__ out, float* __restrict__ scales,
-                                T* __restrict__ residual, const T* __restrict__ x,
-                                const T* __restrict__ weight, int columns, float eps) {
+__global__ void __launch_bounds__(kMostThreads)
+    quantize_kernel(__nv_fp8_storage_t* out, float* scales, T* residual, const T* x,
+                    const T* __restrict__ weight, int columns, float eps) {
   launch_dependents();
-  Pack<T, N> weights[V];  // asked for before the predecessor has ended
-  if constexpr (kKind != kPlain) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const int i = (v * blockDim.x + threadIdx.x) * N;
-      if (i < columns) weights[v] = *reinterpret_cast<const Pack<T, N>*>(weight + i);
-    }
-  }
+  Part<T, N, V> weights;
+  if constexpr (kKind != kPlain) weights.load(weight, columns);  // written by no kernel
   wait_for_predecessor();
   const int64_t base = static_cast<int64_t>(blockIdx.x) * columns;
-  float values[V * N];
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int i = (v * blockDim.x + threadIdx.x) * N;
-    float piece[N] = {};
-    if (i < columns) {
-      load(x + base + i, piece);
-      if constexpr (kKind == kAddNorm) {
-        float before[N];
-        load(residual + base + i, before);
-#pragma unroll
-        for (int j = 0; j < N; ++j) piece[j] = rounded<T>(piece[j] + before[j]);
-        store(residual + base + i, piece);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < N; ++j) values[v * N + j] = piece[j];
+  Part<T, N, V> row;
+  row.load(x + base, columns);
+  if constexpr (kKind == kAddNorm) {
+    Part<T, N, V> before;
+    before.load(residual + base, columns);
+    row.combine(before, [](float a, float b) { return a + b; });
+    row.store(residual + base, columns);
   }
   if constexpr (kKind != kPlain) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < V * N; ++i) sum += values[i] * values[i];
-    const float normal = rsqrtf(block_sum(sum) / columns + eps);
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      if ((v * blockDim.x + threadIdx.x) * N >= columns) continue;  // there the weight is garbage
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const float scaled = rounded<T>(values[v * N + j] * normal);
-        values[v * N + j] = rounded<T>(scaled * to_float(weights[v].values[j]));
-      }
-    }
+    const float normal = rsqrtf(block_sum(row.squares()) / columns + eps);
+    row.combine(weights, [=](float a, float b) { return rounded<T>(a * normal) * b; });
   }
-  const float largest = block_largest(values);
+  const float largest = __uint_as_float(block_max(row.largest()));
   const float scale = largest < kTiny ? 1.0f : largest / kLargest;
-  const float inverse = 1.0f / scale;
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int i = (v * blockDim.x + threadIdx.x) * N;
-    if (i < columns) store_fp8<N>(out + base + i, values + v * N, inverse);
-  }
+  row.store_fp8(out + base, columns, 1.0f / scale);
   if (threadIdx.x == 0) scales[blockIdx.x] = scale;
 }
 
