@@ -108,7 +108,8 @@ def write_patches(
     """The last pass: as `resample`, then laid at (top, left) on a ground of level 0 that is height
     x width, levels turned into values, and the patches written to out as in `preprocess`.
 
-    out: float16, bfloat16 or float32 [patches, 3 * patch * patch or more].
+    out: float16, bfloat16 or float32 [patches, 3 * patch * patch or more]. Raises ValueError or
+    RuntimeError where sizes do not belong together.
     """
     _write_patches(out, pixels, taps, axis, levels, patch, height, width, top, left)
 
@@ -142,15 +143,17 @@ def _write_patches_reference(
     left: int,
 ) -> None:
     shown = _resampled(pixels, taps, axis)
-    ground = shown.new_zeros(height, width, 3)
+    ground = pixels.new_zeros(height, width, 3)
     ground[top : top + shown.shape[0], left : left + shown.shape[1]] = shown
-    down, across = height // patch, width // patch
+    down, across, area = height // patch, width // patch, patch * patch
+    if len(out) != down * across:
+        raise ValueError(f"a picture of {height} x {width} has no {len(out)} patches")
     ground = ground[: down * patch, : across * patch]
-    values = levels.gather(0, ground.reshape(-1, 3).long())
-    cells = values.view(down, patch, across, patch, 3).permute(0, 2, 4, 1, 3)
-    rows = cells.reshape(down * across, 3 * patch * patch)
-    out[:, : rows.shape[1]] = rows
-    out[:, rows.shape[1] :] = 0
+    cells = ground.reshape(down, patch, across, patch, 3).permute(4, 0, 2, 1, 3)
+    for channel, cell in enumerate(cells.reshape(3, -1).int()):
+        value = levels[:, channel].index_select(0, cell)
+        out[:, channel * area : (channel + 1) * area] = value.view(down * across, area)
+    out[:, 3 * area :] = 0
 
 
 _resample = define(

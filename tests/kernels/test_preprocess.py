@@ -121,8 +121,9 @@ def test_what_is_too_much_for_a_device_is_resampled_here(size: tuple[int, int]) 
 def test_a_picture_of_another_size_than_the_rows_is_refused() -> None:
     pixels, levels = torch.zeros(5, 7, 3, dtype=torch.uint8), torch.zeros(256, 3)
     taps = torch.tensor(identity(ROWS, 5).taps)
-    with pytest.raises(RuntimeError):
-        write_patches(torch.zeros(4, 16), pixels, taps, ROWS, levels, 2, 5, 7, 0, 0)
+    for patch in (2, 4):
+        with pytest.raises(ValueError, match="5 x 7 has no 4 patches"):
+            write_patches(torch.zeros(4, 48), pixels, taps, ROWS, levels, patch, 5, 7, 0, 0)
 
 
 def test_schemas_and_fakes() -> None:
