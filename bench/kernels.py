@@ -21,6 +21,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 
 from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.attention import attention_workspace, paged_attention
+from llava_engine.kernels.fp8 import FP8, quantize_rows, rms_norm_fp8
 from llava_engine.kernels.library import require_kernels
 from llava_engine.kernels.linear import (
     linear_add,
@@ -114,6 +116,28 @@ def norms(tokens: int) -> Iterator[Case]:
     row = 2 * tokens * HIDDEN
     yield Case(f"rms_norm T={tokens}", 2 * row + 2 * HIDDEN, lambda: make(False))
     yield Case(f"add_rms_norm T={tokens}", 4 * row + 2 * HIDDEN, lambda: make(True))
+
+
+def fp8_rows(tokens: int) -> Iterator[Case]:
+    """What fp8 products of a layer need: norms, attention's rows and the activated ones."""
+
+    def make(columns: int, norm: bool) -> tuple[Call, Call]:
+        x, weight = half(tokens, columns), half(columns)
+        out = torch.empty_like(x, dtype=FP8)
+        scales = torch.empty(tokens, device=DEVICE)
+
+        def plain() -> None:
+            rows = F.rms_norm(x, (columns,), weight, 1e-5) if norm else x
+            torch.div(rows.abs().amax(dim=1), 448.0, out=scales)
+            out.copy_(rows / scales.unsqueeze(1))
+
+        if norm:
+            return lambda: rms_norm_fp8(out, scales, x, weight, 1e-5), plain
+        return lambda: quantize_rows(out, scales, x), plain
+
+    for columns, norm in ((HIDDEN, True), (HIDDEN, False), (WIDE, False)):
+        name = f"{'rms_norm_fp8' if norm else 'quantize_rows'} T={tokens} of {columns}"
+        yield Case(name, 3 * tokens * columns, partial(make, columns, norm))
 
 
 def activation(tokens: int) -> Case:
@@ -350,6 +374,7 @@ def cases() -> Iterator[Case]:
         yield from norms(tokens)
         yield activation(tokens)
         yield rope(tokens)
+    yield from fp8_rows(620)
     for sequences, context in ((1, 665), (1, 4096), (2, 665), (8, 665), (64, 665)):
         yield attention(sequences, 1, context)
     yield attention(8, 1, 2048, kv_heads=8)
