@@ -68,12 +68,12 @@ class ModelBackend:
         self._kv_bytes = kv_mb << 20
         self._device = torch.device(device)
         self._stages = stages
+        if config.kernels == "auto":
+            with stages("library"):  # with the context, if no other stage has made it
+                require_kernels(self._device)
         if self._device.type == "cuda":
             with stages("context"):
-                torch.cuda.synchronize(self._device)  # makes one where there is none
-        if config.kernels == "auto":
-            with stages("library"):
-                require_kernels(self._device)
+                torch.cuda.synchronize(self._device)
         require_attention(config.attention, self._device)
         self._decode_jpeg = jpeg_decoder(config.image_decode, self._device)
         dtype = _dtype(config, device)
