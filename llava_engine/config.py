@@ -41,7 +41,7 @@ class EngineConfig:
     prefill_chunk: tokens that one step may prefill, so that a long prompt cannot stall others.
     max_model_len: context limit in tokens; None takes the model's.
     image_cache_mb: encoded pictures kept for reuse, in MiB.
-    pixel_cache_mb: host memory for the prepared pixels of recent pictures, in MiB, so that the same
+    pixel_cache_mb: host memory for the pixels of recent pictures, in MiB, so that the same
         file, in whatever request, is decoded once; 0 keeps none.
     max_image_bytes, max_image_pixels: limits of one encoded picture.
     image_decode: who decodes JPEGs. "cpu" is libjpeg-turbo, to the bit; "gpu" is nvImageCodec (the

@@ -10,10 +10,15 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 from llava_engine.image.load import DecodeJpeg, load_image, pixel_limit, read_image
 from llava_engine.image.preprocess import ImageProcessorConfig, decoded_picture, picture_key
 from llava_engine.kernels.preprocess import DecodedPicture
+
+# Bytes of pictures, in whoever's hands, that are still to be resampled on a device. While there are
+# more, further ones are resampled here, which gives the same and takes much less memory to keep.
+_MOST_DECODED = 512 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +59,8 @@ class PictureCache:
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
         self._capacity = capacity
-        self._lock = threading.Lock()  # guards the two below, and lowering the capacity
+        self._decoded: WeakSet[DecodedPicture] = WeakSet()
+        self._lock = threading.Lock()  # guards all of these, and lowering the capacity
         self._recent: OrderedDict[tuple[bytes, int], PreparedPicture] = OrderedDict()
         self._bytes = 0
 
@@ -93,7 +99,13 @@ class PictureCache:
             max_pixels=self._max_pixels,
             decode_jpeg=self._decode_jpeg,
         )
-        pixels = decoded_picture(image, self._processor, resample=self._resample)
+        with self._lock:
+            held = sum(picture.nbytes for picture in self._decoded)
+        resample = self._resample or held > _MOST_DECODED
+        pixels = decoded_picture(image, self._processor, resample=resample)
+        if not resample:
+            with self._lock:
+                self._decoded.add(pixels)
         return PreparedPicture(picture_key(image, self._processor), pixels)
 
     def _find(self, file: tuple[bytes, int]) -> PreparedPicture | None:

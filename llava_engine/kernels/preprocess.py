@@ -34,7 +34,7 @@ class Pass:
     taps: npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class DecodedPicture:
     """Pixels in the host's memory, and all that is still to do with them. Nobody writes into it.
 

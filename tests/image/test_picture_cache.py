@@ -16,6 +16,7 @@ from PIL import Image, ImageFile
 from support.pictures import rows_of
 
 from llava_engine.errors import ImageDecodeError, ImageTooLarge
+from llava_engine.image import picture_cache
 from llava_engine.image.load import load_image
 from llava_engine.image.picture_cache import PictureCache, PreparedPicture
 from llava_engine.image.preprocess import ImageProcessorConfig, picture_key, preprocess
@@ -111,6 +112,20 @@ def test_what_is_kept_unresampled_counts_with_all_that_it_holds(decodes: Decodes
     found = long.prepare(file.getvalue())
     assert found.pixels.pixels.base is None
     assert long.nbytes == found.pixels.nbytes == found.pixels.pixels.nbytes < 3 * 70 * 115
+
+
+def test_while_much_waits_for_a_device_pictures_are_resampled_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(picture_cache, "_MOST_DECODED", 2 * DECODED)
+    pictures = cache(capacity=0, resample=False)
+    found = [pictures.prepare(image(seed)) for seed in range(5)]
+    assert [picture.pixels.nbytes for picture in found] == 3 * [DECODED] + 2 * [SIZE]
+    for seed, picture in enumerate(found):
+        np.testing.assert_array_equal(values(picture), fresh(image(seed))[1], strict=True)
+    del found, picture
+    gc.collect()
+    assert pictures.prepare(image(5)).pixels.nbytes == DECODED
 
 
 def test_other_bytes_are_another_file(tmp_path: Path) -> None:
