@@ -253,7 +253,6 @@ def _crop_of_resized(pixels: Pixels, config: ImageProcessorConfig) -> Pixels:
     """Pad, resize and crop to uint8 [*output, 3], computing only what the crop shows."""
     geometry = _geometry(pixels, config)
     axes, padded, background = geometry.axes, geometry.padded, geometry.background
-    height, width = pixels.shape[:2]
     if padded is not None and not geometry.narrow:
         pixels = pad_axis(pixels, padded, geometry.before, axes[padded].length, background)
     if geometry.whole:
@@ -263,11 +262,8 @@ def _crop_of_resized(pixels: Pixels, config: ImageProcessorConfig) -> Pixels:
         rows, columns = (slice(axis.start, axis.stop) for axis in axes)
         pixels = np.asarray(image)[rows, columns]
     else:
-        # Pillow rounds to 8 bits between its two passes; the order below is the one it takes for
-        # pictures of such proportions.
-        shrinks = axes[0].resized < axes[0].length
-        order = (0, 1) if shrinks and height > width else (1, 0)
-        todo = [axes[i] for i in order if not (geometry.narrow and i == padded)]
+        order = axes if rows_first(*axes) else axes[::-1]
+        todo = [axis for axis in order if not (geometry.narrow and axis.axis == padded)]
         for axis in todo:
             pixels = axis.cut(pixels)
         for axis in todo:
