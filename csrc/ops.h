@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 namespace llava_engine {
 
@@ -45,6 +46,14 @@ void matmul_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Tens
                         std::optional<Tensor> x_scales, std::optional<Tensor> weight_scales,
                         Tensor cos_sin, Tensor positions, Tensor slot_mapping,
                         std::optional<Tensor> kv);
+
+// decoder.cpp
+void decoder_layers(Tensor out, Tensor residual, std::vector<Tensor> k_caches,
+                    std::vector<Tensor> v_caches, std::vector<Tensor> weights,
+                    std::vector<Tensor> fp8, Tensor final_norm, Tensor cos_sin, Tensor positions,
+                    Tensor slot_mapping, Tensor block_table, Tensor query_start,
+                    Tensor context_lens, Tensor workspace, int64_t max_query_len, double scale,
+                    double eps);
 
 // activation.cu
 void silu_mul(Tensor out, Tensor gate_up);

@@ -9,6 +9,7 @@
 
 #include <array>
 
+#include "aten.h"
 #include "common.cuh"
 #include "ops.h"
 
@@ -40,18 +41,6 @@ Tensor rows_of(const Tensor& tensor, int64_t rows, int64_t columns) {
   const std::array<int64_t, 2> sizes{rows, columns}, strides{columns, 1};
   return torch::stable::from_blob(tensor.data_ptr(), sizes, strides, tensor.device(),
                                   tensor.scalar_type());
-}
-
-// out = input @ weight.T + bias
-void linear_out(const Tensor& out, const Tensor& input, const Tensor& weight,
-                const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 4> stack{
-      torch::stable::detail::from(input), torch::stable::detail::from(weight),
-      torch::stable::detail::from(bias), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-  // The result is `out` once more; taking it over gives its reference back.
-  torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // How many rows lie from one picture to the next; the rows themselves have to be dense.

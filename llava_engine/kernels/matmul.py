@@ -182,11 +182,12 @@ def _rope_append_reference(
     kv: torch.Tensor | None,
 ) -> None:
     heads = _product(q.dtype, x, qkv, None, x_scales, weight_scales).view(len(x), -1, q.shape[-1])
-    queries, keys, values = heads.split((q.shape[1], k_cache.shape[1], v_cache.shape[1]), dim=1)
+    queries, pairs = heads[:, : q.shape[1]], heads[:, q.shape[1] :]
+    keys, values = pairs.chunk(2, dim=1)
     rope_append(queries, keys, values, cos_sin, positions, slot_mapping, k_cache, v_cache)
     q.copy_(queries)
     if kv is not None:
-        kv.copy_(heads[:, q.shape[1] :])
+        kv.copy_(pairs)
 
 
 _store = define(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from llava_engine.kernels import linear
 from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.attention import attention_workspace, paged_attention
+from llava_engine.kernels.decoder import decoder_layers
 from llava_engine.kernels.norm import add_rms_norm, rms_norm
 from llava_engine.kernels.rope_kv import rope_append
 from llava_engine.network.attention import DensePrefill, attention
@@ -55,8 +56,12 @@ class LlamaDecoder:
         workspace = attention_workspace(
             config.num_heads, config.num_kv_heads, config.head_dim, place.device
         )
+        self._workspace, self._scale = workspace, config.head_dim**-0.5
         self._layers = [_Layer(config, place, workspace) for _ in range(config.num_layers)]
         self.norm = place.empty(config.hidden_size)
+        self._plain = all(layer.plain for layer in self._layers)
+        self._weights = [tensor for layer in self._layers for tensor in layer.weights()]
+        self._fp8: list[torch.Tensor] = []
         self.fused_rows = min(layer.fused_rows for layer in self._layers)
         """The most sequences that `decode` takes."""
         self._cos_sin = cos_sin_table(
@@ -77,6 +82,27 @@ class LlamaDecoder:
         """embeds [T, hidden] to [T, hidden] after the final norm; fills the batch's cache slots."""
         residual = embeds.clone()
         x = torch.empty_like(residual)
+        if self._plain and batch.dense is None:
+            decoder_layers(
+                x,
+                residual,
+                k_caches,
+                v_caches,
+                self._weights,
+                self._fp8,
+                self.norm,
+                self._cos_sin,
+                batch.positions,
+                batch.slot_mapping,
+                batch.block_table,
+                batch.query_start,
+                batch.context_lens,
+                self._workspace,
+                batch.max_query_len,
+                self._scale,
+                self._eps,
+            )
+            return x
         rms_norm(x, residual, self._layers[0].input_norm, self._eps)
         next_norms = [layer.input_norm for layer in self._layers[1:]] + [self.norm]
         for layer, next_norm, k_cache, v_cache in zip(
@@ -107,6 +133,10 @@ class LlamaDecoder:
         for layer in self._layers:
             for product in layer.products:
                 product.quantize()
+        copies = [product.fp8 for layer in self._layers for product in layer.products]
+        self._fp8 = [
+            tensor for copy in copies if copy is not None for tensor in (copy.values, copy.scales)
+        ]
 
     @property
     def fp8_nbytes(self) -> int:
@@ -138,11 +168,18 @@ class _Layer:
         self._down = Linear(self._wide, hidden, config.mlp_bias, place)
         self._eps = config.rms_norm_eps
         self.products = (self._qkv, self._out, self._gate_up, self._down)
-        self.fused_rows = min(linear.most_rows(product.weight) for product in self.products)
-        if self._hidden_act not in ("silu", "swish") or any(
-            product.bias is not None for product in self.products
-        ):
-            self.fused_rows = 0
+        self.plain = self._hidden_act in ("silu", "swish") and all(
+            product.bias is None for product in self.products
+        )
+        """Whether the fused ops are made for it."""
+        self.fused_rows = 0
+        if self.plain:
+            self.fused_rows = min(linear.most_rows(product.weight) for product in self.products)
+
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """What decoder_layers takes of a layer."""
+        qkv, out, gate_up, down = (product.weight for product in self.products)
+        return self.input_norm, qkv, out, self.post_norm, gate_up, down
 
     def decode(
         self,

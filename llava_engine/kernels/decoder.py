@@ -1,0 +1,154 @@
+"""All layers of the decoder over a step's rows, in one call: see csrc/decoder.cpp for why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from llava_engine.kernels.attention import paged_attention
+from llava_engine.kernels.fp8 import FP8, quantize_rows
+from llava_engine.kernels.library import define
+from llava_engine.kernels.matmul import matmul_add, matmul_rope_append, matmul_silu_mul
+from llava_engine.kernels.norm import rms_norm
+
+PARTS = 6
+"""Tensors of a layer among `weights`: the norm before attention, QKV, output, the norm behind it,
+gate and up, down."""
+
+_MANY_ROWS = 128  # as in csrc/decoder.cpp: fewer are multiplied in the model's own type
+
+
+def decoder_layers(
+    out: torch.Tensor,
+    residual: torch.Tensor,
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    fp8: Sequence[torch.Tensor],
+    final_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    workspace: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+    eps: float,
+) -> None:
+    """Rows through every layer and the final norm; their keys and values are put into the caches.
+
+    out, residual: [T, hidden], the rows after the final norm, and the rows, which are changed.
+    k_caches, v_caches: a layer's each. weights: PARTS tensors of each layer, matrices without
+    biases; the activation is SiLU. fp8: of each layer's four matrices the values and scales of
+    quant.fp8, which serve from 128 rows on, or nothing. The rest is as in rope_append (positions to
+    slot_mapping) and paged_attention (block_table to scale).
+    """
+    _decoder_layers(
+        out,
+        residual,
+        k_caches,
+        v_caches,
+        weights,
+        fp8,
+        final_norm,
+        cos_sin,
+        positions,
+        slot_mapping,
+        block_table,
+        query_start,
+        context_lens,
+        workspace,
+        max_query_len,
+        scale,
+        eps,
+    )
+
+
+def _decoder_layers_reference(
+    out: torch.Tensor,
+    residual: torch.Tensor,
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    fp8: Sequence[torch.Tensor],
+    final_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    workspace: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+    eps: float,
+) -> None:
+    rows, dim = len(residual), cos_sin.shape[1]
+    in_fp8 = len(fp8) > 0 and rows >= _MANY_ROWS
+    x = torch.empty_like(residual)
+
+    def product(
+        layer: int, index: int, matrix: torch.Tensor, rows_of: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Input and weight of a product, and the scales of both."""
+        if not in_fp8:
+            return rows_of, matrix, None, None
+        values = torch.empty_like(rows_of, dtype=FP8)
+        scales = torch.empty(rows, dtype=torch.float32, device=rows_of.device)
+        quantize_rows(values, scales, rows_of)
+        place = 2 * (4 * layer + index)
+        return values, fp8[place], scales, fp8[place + 1]
+
+    for layer, (k_cache, v_cache) in enumerate(zip(k_caches, v_caches, strict=True)):
+        input_norm, qkv, output, post_norm, gate_up, down = weights[
+            PARTS * layer : PARTS * (layer + 1)
+        ]
+        rms_norm(x, residual, input_norm, eps)
+        q = x.new_empty(rows, output.shape[1] // dim, dim)
+        values, weight, x_scales, weight_scales = product(layer, 0, qkv, x)
+        matmul_rope_append(
+            q,
+            k_cache,
+            v_cache,
+            values,
+            weight,
+            cos_sin,
+            positions,
+            slot_mapping,
+            x_scales=x_scales,
+            weight_scales=weight_scales,
+        )
+        attended = torch.empty_like(q)
+        paged_attention(
+            attended,
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            query_start,
+            context_lens,
+            workspace,
+            max_query_len,
+            scale,
+        )
+        values, weight, *scales = product(layer, 1, output, attended.view(rows, -1))
+        matmul_add(residual, values, weight, None, *scales)
+        rms_norm(x, residual, post_norm, eps)
+        values, weight, *scales = product(layer, 2, gate_up, x)
+        activated = x.new_empty(rows, len(gate_up) // 2)
+        matmul_silu_mul(activated, values, weight, *scales)
+        values, weight, *scales = product(layer, 3, down, activated)
+        matmul_add(residual, values, weight, None, *scales)
+    rms_norm(out, residual, final_norm, eps)
+
+
+_decoder_layers = define(
+    "decoder_layers(Tensor(a!) out, Tensor(b!) residual, Tensor(c!)[] k_caches, "
+    "Tensor(d!)[] v_caches, Tensor[] weights, Tensor[] fp8, Tensor final_norm, Tensor cos_sin, "
+    "Tensor positions, Tensor slot_mapping, Tensor block_table, Tensor query_start, "
+    "Tensor context_lens, Tensor workspace, int max_query_len, float scale, float eps) -> ()",
+    _decoder_layers_reference,
+)
