@@ -148,7 +148,7 @@ void paged_attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tenso
     if (max_query_len == 1 || !alike) launch_decode<T>(arguments, workspace, to.stream());
     if (max_query_len == 1) return;
     if constexpr (sizeof(T) == 2) {
-      launch_prefill<T>(arguments, to.stream());
+      launch_prefill<T>(arguments, workspace, to.stream());
     } else {
       launch_plain<T>(arguments, false, to.stream());
     }

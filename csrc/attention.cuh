@@ -40,6 +40,7 @@ void launch_decode(const AttentionArguments& arguments, const Tensor& workspace,
 
 // Two or more query rows per sequence, on the tensor cores: a 16-bit T, and as for decode.
 template <typename T>
-void launch_prefill(const AttentionArguments& arguments, cudaStream_t stream);
+void launch_prefill(const AttentionArguments& arguments, const Tensor& workspace,
+                    cudaStream_t stream);
 
 }  // namespace llava_engine

@@ -226,8 +226,8 @@ void launch(const AttentionArguments& a, cudaStream_t stream) {
 }  // namespace
 
 template <typename T>
-void launch_prefill(const AttentionArguments& a, cudaStream_t stream) {
-  if (launch_wgmma_prefill<T>(a, stream)) return;
+void launch_prefill(const AttentionArguments& a, const Tensor& workspace, cudaStream_t stream) {
+  if (launch_wgmma_prefill<T>(a, workspace, stream)) return;
   if (a.dim <= 32) {
     launch<T, 32, 64>(a, stream);
   } else if (a.dim <= 64) {
@@ -239,7 +239,7 @@ void launch_prefill(const AttentionArguments& a, cudaStream_t stream) {
   }
 }
 
-template void launch_prefill<__half>(const AttentionArguments&, cudaStream_t);
-template void launch_prefill<__nv_bfloat16>(const AttentionArguments&, cudaStream_t);
+template void launch_prefill<__half>(const AttentionArguments&, const Tensor&, cudaStream_t);
+template void launch_prefill<__nv_bfloat16>(const AttentionArguments&, const Tensor&, cudaStream_t);
 
 }  // namespace llava_engine

@@ -46,10 +46,26 @@ __device__ inline QueryTile find_tile(const AttentionArguments& a, int wanted) {
   return {-1, 0, 0, 0, 0};
 }
 
+// All tiles that find_tile finds. A whole warp asks.
+template <int kRows>
+__device__ inline int count_tiles(const AttentionArguments& a) {
+  int tiles = 0;
+  for (int sequence = threadIdx.x % kWarp; sequence < a.sequences; sequence += kWarp) {
+    const int length = a.query_start[sequence + 1] - a.query_start[sequence];
+    if (length > 1) tiles += ceil_div(length, kRows);
+  }
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    tiles += __shfl_xor_sync(kAllLanes, tiles, offset);
+  }
+  return tiles;
+}
+
 // At most so many tiles, however the rows are divided among the sequences.
 template <int kRows>
 int most_tiles(const AttentionArguments& a) {
-  return a.tokens / kRows + (a.sequences < a.tokens / 2 ? a.sequences : a.tokens / 2);
+  const int sequences = a.sequences < a.tokens / 2 ? a.sequences : a.tokens / 2;
+  return (a.tokens + sequences * (kRows - 1)) / kRows;
 }
 
 template <typename T>
@@ -68,6 +84,7 @@ __device__ inline float power_of_2(float x) {
 // The same on Hopper's matrix units; true if it has launched, false if these arguments or this GPU
 // are not for it.
 template <typename T>
-bool launch_wgmma_prefill(const AttentionArguments& arguments, cudaStream_t stream);
+bool launch_wgmma_prefill(const AttentionArguments& arguments, const Tensor& workspace,
+                          cudaStream_t stream);
 
 }  // namespace llava_engine

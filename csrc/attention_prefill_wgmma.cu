@@ -1,8 +1,10 @@
 // Prefill attention over the paged cache on Hopper's matrix units (FlashAttention-3, Shah et al.
-// 2024): a block has 128 query rows of one head, a warpgroup 64 of them. One more warp brings tiles
-// of keys and values through a ring by tensor copies. The scores of a tile are multiplied while the
-// values of the tile before are, so that one warpgroup's softmax runs under the other's products
-// and its own.
+// 2024). A block takes one piece of work after the other: 128 query rows of one head, a warpgroup
+// 64 of them. One more warp brings tiles of keys and values through a ring by tensor copies, those
+// of the next work while the last is finished. The scores of a tile are multiplied while the values
+// of the tile before are, so that one warpgroup's softmax runs under the other's products and its
+// own.
+#include <algorithm>
 #include <string_view>
 
 #include "attention_prefill.cuh"
@@ -14,10 +16,17 @@ namespace {
 constexpr int kBox = 64;    // rows and columns of a tensor copy; query rows of a warpgroup
 constexpr int kKeys = 128;  // of a tile: two boxes, each within one block of the cache
 constexpr int kGroups = 2;  // warpgroups that compute
-constexpr int kRows = kGroups * kBox;
+constexpr int kConsumers = kGroups * 4;               // their warps
 constexpr int kThreads = (kGroups + 1) * kWarpgroup;  // and one that copies, of one warp
 constexpr int kBoxBytes = kBox * kSwizzleBytes;
-constexpr int kSlots = 6;
+constexpr int kSlots = 5;
+
+struct Work {
+  int sequence, head;
+  int row, rows;  // the queries, counted over all sequences; no rows: there is no more work
+  int position;   // the last key that the first row sees
+  int context, key_tiles;
+};
 
 // Tiles are 64 columns wide, those of a wider head one behind the other.
 template <int kDim>
@@ -26,47 +35,45 @@ struct Shared {
 
   alignas(1024) char queries[kGroups][kParts][kBoxBytes];
   char slots[kSlots][kParts][kKeys / kBox][kBoxBytes];
-  uint64_t asked, tail, full[kSlots], empty[kSlots];
+  char results[kConsumers][16 * kDim * 2];
+  Work work;                 // comes with the queries: complete when `asked` is,
+  uint64_t asked, answered;  // read when `answered` is
+  uint64_t tail, full[kSlots], empty[kSlots];
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// What a block has to do: `rows` queries, the first of which sees the keys up to `position`.
-struct Work {
-  QueryTile tile;
-  int head, kv_head, first, rows, position, groups, key_tiles;
-};
+// A whole warp asks. The last tiles of a sequence see the most keys: they come first.
+template <int kRows>
+__device__ inline Work find_work(const AttentionArguments& a, int number, int tiles) {
+  if (number >= tiles * a.heads) return {};
+  const QueryTile tile = find_tile<kRows>(a, tiles - 1 - number / a.heads);
+  const int first = tile.index * kRows, rows = min(kRows, tile.length - first);
+  const int position = tile.context - tile.length + first;
+  return {tile.sequence,
+          number % a.heads,
+          tile.start + first,
+          rows,
+          position,
+          tile.context,
+          tile.context == 0 ? 0 : ceil_div(position + rows, kKeys)};
+}
 
-// One warp: asks for the queries, then for keys and values in the order in which they are used:
-// keys 0, keys 1, values 0, keys 2, values 1, ...
-template <int kDim>
-__device__ void fill_ring(const AttentionArguments& a, const Work& work, Shared<kDim>& shared,
+// One warp: finds the work, asks for its queries, and for keys and values in the order in which
+// they are used: keys 0, keys 1, values 0, keys 2, values 1, ...
+template <int kDim, int kRows>
+__device__ void fill_ring(const AttentionArguments& a, Shared<kDim>& shared, int* counter,
                           const CUtensorMap& q_map, const CUtensorMap& k_map,
                           const CUtensorMap& v_map) {
   constexpr int kParts = Shared<kDim>::kParts;
-  const int lane = threadIdx.x % kWarp, context = work.tile.context;
-  const int32_t* table = a.block_table + static_cast<int64_t>(work.tile.sequence) * a.max_blocks;
-  // Each lane finds one of the next 32 boxes: its first row in the cache as a matrix.
-  const auto row_of = [&](int box) {
-    const int key = box * kBox;
-    if (key >= context) return 0;
-    const int block = block_of(a, key);
-    return (table[block] * a.kv_heads + work.kv_head) * a.block_size + key - block * a.block_size;
-  };
-  int rows = row_of(lane);
-  if (lane == 0) {
-    barrier_expect(&shared.asked, work.groups * kParts * kBoxBytes);
-    for (int group = 0; group < work.groups; ++group) {
-      for (int part = 0; part < kParts; ++part) {
-        tensor_copy(shared.queries[group][part], &q_map, work.head * kDim + part * kBox,
-                    work.tile.start + work.first + group * kBox, &shared.asked);
-      }
-    }
+  const int lane = threadIdx.x % kWarp;
+  if (lane < a.sequences) {  // what is needed once the rows are counted
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(a.context_lens + lane));
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(a.block_table + lane * a.max_blocks));
   }
-
   Cursor at;
   bool first_round = true;
-  const auto ask = [&](const CUtensorMap& map, int tile, int row, int second_row, bool values) {
-    const int valid = context - tile * kKeys;
+  uint32_t tail_phase = 0;
+  const auto ask = [&](const CUtensorMap& map, int valid, int row, int second_row, bool values) {
     // What is behind the context may be no number, and 0 times that is none either: the values
     // there become zero before the consumers are told.
     const bool clear = values && valid < kKeys;
@@ -76,6 +83,7 @@ __device__ void fill_ring(const AttentionArguments& a, const Work& work, Shared<
     if (lane == 0) {
       const int boxes = valid > kBox ? 2 : 1;
       barrier_expect(told, boxes * kParts * kBoxBytes);
+#pragma unroll
       for (int part = 0; part < kParts; ++part) {
         tensor_copy(shared.slots[at.slot][part][0], &map, part * kBox, row, told);
         if (boxes == 1) continue;
@@ -84,7 +92,8 @@ __device__ void fill_ring(const AttentionArguments& a, const Work& work, Shared<
     }
     __syncwarp();
     if (clear) {
-      barrier_wait(told, 0);
+      barrier_wait(told, tail_phase);
+      tail_phase ^= 1;
       for (int part = 0; part < kParts; ++part) {
         uint4* vectors = reinterpret_cast<uint4*>(shared.slots[at.slot][part]);
         constexpr int kPerRow = kSwizzleBytes / sizeof(uint4);
@@ -100,16 +109,54 @@ __device__ void fill_ring(const AttentionArguments& a, const Work& work, Shared<
     if (at.slot == 0) first_round = false;
   };
 
-  int row = 0, second_row = 0;
-  for (int tile = 0; tile <= work.key_tiles; ++tile) {
-    const int box = 2 * tile;
-    if (tile > 0 && box % kWarp == 0) rows = row_of(box + lane);
-    const int next = __shfl_sync(kAllLanes, rows, box % kWarp);
-    const int second_next = __shfl_sync(kAllLanes, rows, box % kWarp + 1);
-    if (tile < work.key_tiles) ask(k_map, tile, next, second_next, false);
-    if (tile > 0) ask(v_map, tile - 1, row, second_row, true);
-    row = next;
-    second_row = second_next;
+  const int tiles = count_tiles<kRows>(a);
+  int number = blockIdx.x;
+  for (uint32_t phase = 1;; phase ^= 1) {
+    const Work work = find_work<kRows>(a, number, tiles);
+    const auto tell = [&] {
+      barrier_wait(&shared.answered, phase);  // at first it counts as answered
+      if (lane != 0) return;
+      shared.work = work;
+      if (work.key_tiles == 0) return barrier_arrive(&shared.asked);
+      const int groups = ceil_div(work.rows, kBox);
+      barrier_expect(&shared.asked, groups * kParts * kBoxBytes);
+      for (int group = 0; group < groups; ++group) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          tensor_copy(shared.queries[group][part], &q_map, work.head * kDim + part * kBox,
+                      work.row + group * kBox, &shared.asked);
+        }
+      }
+    };
+    if (work.rows == 0) return tell();
+    if (lane == 0) {
+      const int taken = atomicAdd(counter, 1);
+      if (taken == tiles * a.heads - 1) *counter = 0;  // nobody asks any more
+      number = gridDim.x + taken;
+    }
+
+    const int32_t* table = a.block_table + static_cast<int64_t>(work.sequence) * a.max_blocks;
+    const int kv_head = work.head / (a.heads / a.kv_heads);
+    // Each lane finds one of the next 32 boxes: its first row in the cache as a matrix.
+    const auto row_of = [&](int box) {
+      const int key = box * kBox;
+      if (key >= work.context) return 0;
+      const int block = block_of(a, key);
+      return (table[block] * a.kv_heads + kv_head) * a.block_size + key - block * a.block_size;
+    };
+    int rows = row_of(lane), row = 0, second_row = 0;
+    for (int tile = 0; tile <= work.key_tiles; ++tile) {
+      const int box = 2 * tile, valid = work.context - tile * kKeys;
+      if (tile > 0 && box % kWarp == 0) rows = row_of(box + lane);
+      const int next = __shfl_sync(kAllLanes, rows, box % kWarp);
+      const int second_next = __shfl_sync(kAllLanes, rows, box % kWarp + 1);
+      if (tile < work.key_tiles) ask(k_map, valid, next, second_next, false);
+      if (tile == 0) tell();  // the first keys need not wait until the last queries are done with
+      if (tile > 0) ask(v_map, valid + kKeys, row, second_row, true);
+      row = next;
+      second_row = second_next;
+    }
+    number = __shfl_sync(kAllLanes, number, 0);
   }
 }
 
@@ -141,18 +188,13 @@ __device__ inline void soften(float (&scores)[kKeys / 2], Running& run, float (&
   }
 }
 
-// A warpgroup: its 64 rows.
+// A warpgroup: its 64 rows of one work after the other.
 template <typename T, int kDim>
-__device__ void attend(const AttentionArguments& a, const Work& work, Shared<kDim>& shared) {
+__device__ void attend(const AttentionArguments& a, Shared<kDim>& shared) {
   constexpr int kSteps = kKeys / 16;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = warp / 4;
-  // A thread has rows lane / 4 and that + 8 of its warp's 16, and columns 2 * (lane % 4), + 1 of
-  // each 8.
-  const int lowest = work.position + warp * 16;  // what the warp's first row sees
-  const int column = lane % 4 * 2;
-  float scores[kKeys / 2], output[kDim / 2] = {};
+  float scores[kKeys / 2], output[kDim / 2];
   unsigned weights[kSteps][4];
-  Running run;
   Cursor at;
 
   const uint64_t queries = tile_descriptor(shared.queries[group]);
@@ -177,105 +219,141 @@ __device__ void attend(const AttentionArguments& a, const Work& work, Shared<kDi
     }
     products_commit();
   };
-  const auto release = [&](int slot) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared.empty + slot);
-  };
-  const auto mask = [&](int base) {
-    if (base + kKeys - 1 <= lowest) return;  // no key is in the future of any row
-    const int sees = lowest + lane / 4 - base - column;
-#pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i) {
-      if (i / 4 * 8 + i % 2 > sees + i / 2 % 2 * 8) scores[i] = -INFINITY;
+
+  for (uint32_t phase = 0;; phase ^= 1) {
+    barrier_wait(&shared.asked, phase);
+    const Work work = shared.work;
+    if (work.rows == 0) return;
+    const auto answer = [&] {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&shared.answered);
+    };
+    // The warp's rows of the result.
+    const int first = warp * 16;
+    T* out = static_cast<T*>(a.out) +
+             (static_cast<int64_t>(work.row + first) * a.heads + work.head) * kDim;
+    const int64_t out_stride = static_cast<int64_t>(a.heads) * kDim;
+    constexpr int kVectors = kDim / kVector;
+    if (work.key_tiles == 0 || group * kBox >= work.rows) {
+      answer();
+      if (work.key_tiles == 0) {
+        for (int i = lane; i < min(16, work.rows - first) * kVectors; i += kWarp) {
+          const int row = i / kVectors, vector = i % kVectors;
+          *reinterpret_cast<uint4*>(out + row * out_stride + vector * kVector) =
+              make_uint4(0, 0, 0, 0);
+        }
+      }
+      for (int i = 0; i < 2 * work.key_tiles; ++i) at.advance(kSlots);
+      continue;
     }
-  };
-  float kept[2];
-  int values = 0;  // the slot whose values are being multiplied
-  // Once more the loop's end stands at its start: a softmax within one turn would be put behind the
-  // wait by the compiler, and no longer run while the values are multiplied.
-  const auto finish_values = [&] {
+
+    // Where the other warpgroup has no rows, this one stands for it too.
+    const int shares = work.rows > kBox ? 1 : kGroups;
+    const auto release = [&](int slot) {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(shared.empty + slot, shares);
+    };
+    // A thread has rows lane / 4 and that + 8 of its warp's 16, and columns 2 * (lane % 4), + 1 of
+    // each 8.
+    const int lowest = work.position + first;  // what the warp's first row sees
+    const int column = lane % 4 * 2;
+    const auto mask = [&](int base) {
+      if (base + kKeys - 1 <= lowest) return;  // no key is in the future of any row
+      const int sees = lowest + lane / 4 - base - column;
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) {
+        if (i / 4 * 8 + i % 2 > sees + i / 2 % 2 * 8) scores[i] = -INFINITY;
+      }
+    };
+    Running run;
+    float kept[2];
+    int values = 0;  // the slot whose values are being multiplied
+    // The loop's last steps stand at its start: a softmax within one turn would be put behind the
+    // wait by the compiler, and no longer run while the values are multiplied.
+    const auto finish_values = [&] {
+      products_wait<0>();
+      settled(output);
+#pragma unroll
+      for (int i = 0; i < kDim / 2; ++i) output[i] *= kept[i / 2 % 2];
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; i += 2) {
+        unsigned& both = weights[i / 8][i / 2 % 4];
+        both = pair<T>(scores[i], scores[i + 1]);
+        asm volatile("" : "+r"(both));  // not behind the next fence
+      }
+    };
+
+#pragma unroll
+    for (int i = 0; i < kDim / 2; ++i) output[i] = 0.0f;
+    barrier_wait(shared.full + at.slot, at.phase);
+    multiply_queries(at.slot);
+    products_wait<0>();
+    settled(scores);
+    release(at.slot);
+    if (work.key_tiles == 1) answer();
+    at.advance(kSlots);
+    mask(0);
+    soften(scores, run, kept, a.scale_log2);
+    for (int tile = 1; tile < work.key_tiles; ++tile) {
+      finish_values();
+      if (tile > 1) release(values);
+      const int keys = at.slot;
+      barrier_wait(shared.full + keys, at.phase);
+      multiply_queries(keys);
+      at.advance(kSlots);
+      values = at.slot;
+      barrier_wait(shared.full + values, at.phase);
+      multiply_weights(values);
+      at.advance(kSlots);
+      products_wait<1>();
+      settled(scores);
+      release(keys);
+      if (tile + 1 == work.key_tiles) answer();
+      mask(tile * kKeys);
+      soften(scores, run, kept, a.scale_log2);
+    }
+    finish_values();
+    if (work.key_tiles > 1) release(values);
+    barrier_wait(shared.full + at.slot, at.phase);
+    multiply_weights(at.slot);
     products_wait<0>();
     settled(output);
-#pragma unroll
-    for (int i = 0; i < kDim / 2; ++i) output[i] *= kept[i / 2 % 2];
-#pragma unroll
-    for (int i = 0; i < kKeys / 2; i += 2) {
-      unsigned& both = weights[i / 8][i / 2 % 4];
-      both = pair<T>(scores[i], scores[i + 1]);
-      asm volatile("" : "+r"(both));  // not behind the next fence
-    }
-  };
-
-  barrier_wait(&shared.asked, 0);
-  barrier_wait(shared.full + at.slot, at.phase);
-  multiply_queries(at.slot);
-  products_wait<0>();
-  settled(scores);
-  release(at.slot);
-  at.advance(kSlots);
-  mask(0);
-  soften(scores, run, kept, a.scale_log2);
-  for (int tile = 1; tile < work.key_tiles; ++tile) {
-    finish_values();
-    if (tile > 1) release(values);
-    const int keys = at.slot;
-    barrier_wait(shared.full + keys, at.phase);
-    multiply_queries(keys);
+    release(at.slot);
     at.advance(kSlots);
-    values = at.slot;
-    barrier_wait(shared.full + values, at.phase);
-    multiply_weights(values);
-    at.advance(kSlots);
-    products_wait<1>();
-    settled(scores);
-    release(keys);
-    mask(tile * kKeys);
-    soften(scores, run, kept, a.scale_log2);
-  }
-  finish_values();
-  barrier_wait(shared.full + at.slot, at.phase);
-  multiply_weights(at.slot);
-  products_wait<0>();
-  settled(output);
 
-  // Through the queries' place, that whole rows are stored. Every warp is done with the queries.
-  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kWarpgroup) : "memory");
-  char* const rows = shared.queries[group][0] + warp % 4 * 16 * kDim * sizeof(T);
-  constexpr int kRowBytes = kDim * sizeof(T);
+    // Through shared memory, so that whole rows are stored.
+    char* const results = shared.results[warp];
+    constexpr int kRowBytes = kDim * sizeof(T);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    run.weight[r] += __shfl_xor_sync(kAllLanes, run.weight[r], 1);
-    run.weight[r] += __shfl_xor_sync(kAllLanes, run.weight[r], 2);
-    const float factor = 1.0f / run.weight[r];
-    const int row = lane / 4 + r * 8;
+    for (int r = 0; r < 2; ++r) {
+      run.weight[r] += __shfl_xor_sync(kAllLanes, run.weight[r], 1);
+      run.weight[r] += __shfl_xor_sync(kAllLanes, run.weight[r], 2);
+      const float factor = 1.0f / run.weight[r];
+      const int row = lane / 4 + r * 8;
 #pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
-      // Eight rows' words of one column are spread over all banks.
-      const int place = row * kRowBytes + (n ^ lane / 4) * 16 + column * 2;
-      *reinterpret_cast<unsigned*>(rows + place) =
-          pair<T>(output[4 * n + 2 * r] * factor, output[4 * n + 2 * r + 1] * factor);
+      for (int n = 0; n < kDim / 8; ++n) {
+        // Eight rows' words of one column are spread over all banks.
+        const int place = row * kRowBytes + (n ^ lane / 4) * 16 + column * 2;
+        *reinterpret_cast<unsigned*>(results + place) =
+            pair<T>(output[4 * n + 2 * r] * factor, output[4 * n + 2 * r + 1] * factor);
+      }
     }
-  }
-  __syncwarp();
-  const int first = warp * 16;
-  T* out =
-      static_cast<T*>(a.out) +
-      (static_cast<int64_t>(work.tile.start + work.first + first) * a.heads + work.head) * kDim;
-  constexpr int kVectors = kDim / kVector;
+    __syncwarp();
 #pragma unroll
-  for (int i = lane; i < 16 * kVectors; i += kWarp) {
-    const int row = i / kVectors, vector = i % kVectors;
-    if (first + row >= work.rows) break;
-    const char* from = rows + row * kRowBytes + (vector ^ row % 8) * 16;
-    *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row) * a.heads * kDim + vector * kVector) =
-        *reinterpret_cast<const uint4*>(from);
+    for (int i = lane; i < 16 * kVectors; i += kWarp) {
+      const int row = i / kVectors, vector = i % kVectors;
+      if (first + row >= work.rows) break;
+      *reinterpret_cast<uint4*>(out + row * out_stride + vector * kVector) =
+          *reinterpret_cast<const uint4*>(results + row * kRowBytes + (vector ^ row % 8) * 16);
+    }
+    __syncwarp();
   }
 }
 #endif
 
-template <typename T, int kDim>
+template <typename T, int kDim, int kRows>
 __global__ __launch_bounds__(kThreads, 1) void wgmma_prefill_kernel(
-    AttentionArguments a, const __grid_constant__ CUtensorMap q_map,
+    AttentionArguments a, int* counter, const __grid_constant__ CUtensorMap q_map,
     const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char memory[];
@@ -285,48 +363,28 @@ __global__ __launch_bounds__(kThreads, 1) void wgmma_prefill_kernel(
     tensor_map_prefetch(&q_map);
     tensor_map_prefetch(&k_map);
     tensor_map_prefetch(&v_map);
-  }
-  Work work;
-  // The last tiles of a sequence see the most keys: start them first.
-  work.tile = find_tile<kRows>(a, gridDim.y - 1 - blockIdx.y);
-  if (work.tile.sequence < 0) return;
-  work.head = blockIdx.x;
-  work.kv_head = work.head / (a.heads / a.kv_heads);
-  work.first = work.tile.index * kRows;
-  work.rows = min(kRows, work.tile.length - work.first);
-  work.groups = ceil_div(work.rows, kBox);
-  work.position = work.tile.context - work.tile.length + work.first;
-  work.key_tiles = ceil_div(work.position + work.rows, kKeys);
-  if (work.tile.context == 0) {
-    T* out = static_cast<T*>(a.out) +
-             (static_cast<int64_t>(work.tile.start + work.first) * a.heads + work.head) * kDim;
-    for (int i = threadIdx.x; i < work.rows * kDim; i += kThreads) {
-      out[static_cast<int64_t>(i / kDim) * a.heads * kDim + i % kDim] = from_float<T>(0.0f);
-    }
-    return;
-  }
-  if (threadIdx.x == 0) {
     barrier_init(&shared.asked, 1);
+    barrier_init(&shared.answered, kConsumers);
     barrier_init(&shared.tail, 1);
     for (int slot = 0; slot < kSlots; ++slot) {
       barrier_init(shared.full + slot, 1);
-      barrier_init(shared.empty + slot, work.groups * 4);
+      barrier_init(shared.empty + slot, kConsumers);
     }
     barriers_ready();
   }
   __syncthreads();
-  if (warp >= kGroups * 4) {
-    registers_down<40>();
-    if (warp == kGroups * 4) fill_ring<kDim>(a, work, shared, q_map, k_map, v_map);
+  if (warp >= kConsumers) {
+    registers_down<56>();
+    if (warp == kConsumers) fill_ring<kDim, kRows>(a, shared, counter, q_map, k_map, v_map);
   } else {
-    registers_up<232>();
-    if (warp / 4 < work.groups) attend<T, kDim>(a, work, shared);
+    registers_up<224>();
+    attend<T, kDim>(a, shared);
   }
 #endif
 }
 
-template <typename T, int kDim>
-void launch(const AttentionArguments& a, cudaStream_t stream) {
+template <typename T, int kDim, int kRows>
+void launch(const AttentionArguments& a, int* counter, int blocks, cudaStream_t stream) {
   constexpr auto kType = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                    : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const auto q_map =
@@ -334,12 +392,25 @@ void launch(const AttentionArguments& a, cudaStream_t stream) {
   const int64_t rows = a.blocks * a.kv_heads * a.block_size;
   const auto k_map = matrix_map(a.k_cache, kType, sizeof(T), rows, kDim, kDim * sizeof(T), kBox);
   const auto v_map = matrix_map(a.v_cache, kType, sizeof(T), rows, kDim, kDim * sizeof(T), kBox);
-  const auto kernel = wgmma_prefill_kernel<T, kDim>;
+  const auto kernel = wgmma_prefill_kernel<T, kDim, kRows>;
   constexpr int kBytes = sizeof(Shared<kDim>);
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  const dim3 grid(a.heads, most_tiles<kRows>(a));
-  kernel<<<grid, kThreads, kBytes, stream>>>(a, q_map, k_map, v_map);
+  kernel<<<blocks, kThreads, kBytes, stream>>>(a, counter, q_map, k_map, v_map);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// A block for each SM, unless there is less work.
+template <typename T, int kDim>
+void by_rows(const AttentionArguments& a, const Tensor& workspace, cudaStream_t stream) {
+  int* counter = reinterpret_cast<int*>(data<float>(workspace));
+  int device = 0, places = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&places, cudaDevAttrMultiProcessorCount, device));
+  const int64_t halves = static_cast<int64_t>(most_tiles<kBox>(a)) * a.heads;
+  if (halves <= places) return launch<T, kDim, kBox>(a, counter, halves, stream);
+  constexpr int kRows = kGroups * kBox;
+  const int64_t works = static_cast<int64_t>(most_tiles<kRows>(a)) * a.heads;
+  launch<T, kDim, kRows>(a, counter, std::min<int64_t>(works, places), stream);
 }
 
 // Whether this is the GPU whose instructions these are, and the library has them.
@@ -355,23 +426,25 @@ bool has_wgmma() {
 }  // namespace
 
 template <typename T>
-bool launch_wgmma_prefill(const AttentionArguments& a, cudaStream_t stream) {
+bool launch_wgmma_prefill(const AttentionArguments& a, const Tensor& workspace,
+                          cudaStream_t stream) {
   // A box of keys is within one block, and rows are counted in 32 bits.
   const bool boxes = a.block_size % kBox == 0 &&
                      a.blocks * a.kv_heads * a.block_size < int64_t{1} << 31 &&
                      a.q_stride >= static_cast<int64_t>(a.heads) * a.dim;
   if (!boxes || !has_wgmma()) return false;
   if (a.dim == 128) {
-    launch<T, 128>(a, stream);
+    by_rows<T, 128>(a, workspace, stream);
   } else if (a.dim == 64) {
-    launch<T, 64>(a, stream);
+    by_rows<T, 64>(a, workspace, stream);
   } else {
     return false;
   }
   return true;
 }
 
-template bool launch_wgmma_prefill<__half>(const AttentionArguments&, cudaStream_t);
-template bool launch_wgmma_prefill<__nv_bfloat16>(const AttentionArguments&, cudaStream_t);
+template bool launch_wgmma_prefill<__half>(const AttentionArguments&, const Tensor&, cudaStream_t);
+template bool launch_wgmma_prefill<__nv_bfloat16>(const AttentionArguments&, const Tensor&,
+                                                  cudaStream_t);
 
 }  // namespace llava_engine
