@@ -380,6 +380,7 @@ def cases() -> Iterator[Case]:
     yield attention(8, 1, 2048, kv_heads=8)
     yield attention(1, 620, 620)
     yield attention(4, 620, 620)
+    yield attention(1, 2048, 2048)
     yield attention(1, 512, 1536)
     yield attention(1, 620, 620, kv_heads=8)
     for sequences, new, context in ((1, 620, 620), (4, 620, 620), (1, 512, 1536)):

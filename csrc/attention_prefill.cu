@@ -52,8 +52,7 @@ __global__ __launch_bounds__(kThreads) void prefill_kernel(AttentionArguments a)
   // Where the rows of this tile of keys and the next begin in the cache; -1 behind the last.
   __shared__ int64_t offsets[2][kKeys];
 
-  // The last tiles of a sequence see the most keys: start them first.
-  const QueryTile tile = find_tile<kRows>(a, gridDim.x - 1 - blockIdx.x);
+  const QueryTile tile = find_tile<kRows>(a, blockIdx.x);
   if (tile.sequence < 0) return;
   const int head = blockIdx.y;
   const int kv_head = head / (a.heads / a.kv_heads);

@@ -7,22 +7,23 @@ namespace llava_engine {
 
 // A block's query rows: number `index` of the tiles of a sequence, whose first row is `start`.
 struct QueryTile {
-  int sequence;  // -1 behind the last tile
+  int sequence;  // -1 behind the last tile: `index` is how many there are
   int index;
   int start, length, context;  // of the sequence
 };
 
 // Tile number `wanted`, of kRows rows each, over all sequences of two or more rows, which only the
-// device can count. A whole warp asks.
+// device can count. From the last one backwards: a sequence's last tiles see the most keys, and are
+// best begun first. A whole warp asks.
 template <int kRows>
 __device__ inline QueryTile find_tile(const AttentionArguments& a, int wanted) {
   const int lane = threadIdx.x % kWarp;
   int before = 0;
-  for (int base = 0; base < a.sequences; base += kWarp) {
+  for (int top = a.sequences - 1; top >= 0; top -= kWarp) {
     // All that may be needed at once: a load that waits for another costs half a microsecond.
-    const int sequence = base + lane;
+    const int sequence = top - lane;
     int start = 0, length = 0, context = 0;
-    if (sequence < a.sequences) {
+    if (sequence >= 0) {
       start = a.query_start[sequence];
       length = a.query_start[sequence + 1] - start;
       context = a.context_lens[sequence];
@@ -37,28 +38,15 @@ __device__ inline QueryTile find_tile(const AttentionArguments& a, int wanted) {
     const unsigned reached = __ballot_sync(kAllLanes, before + through > wanted);
     if (reached != 0) {
       const int holder = __ffs(reached) - 1;
-      const int first = __shfl_sync(kAllLanes, before + through - tiles, holder);
-      return {base + holder, wanted - first, __shfl_sync(kAllLanes, start, holder),
-              __shfl_sync(kAllLanes, length, holder), __shfl_sync(kAllLanes, context, holder)};
+      const int end = __shfl_sync(kAllLanes, before + through, holder);
+      const int count = __shfl_sync(kAllLanes, tiles, holder);
+      return {top - holder, count - 1 - (wanted - (end - count)),
+              __shfl_sync(kAllLanes, start, holder), __shfl_sync(kAllLanes, length, holder),
+              __shfl_sync(kAllLanes, context, holder)};
     }
     before += __shfl_sync(kAllLanes, through, kWarp - 1);
   }
-  return {-1, 0, 0, 0, 0};
-}
-
-// All tiles that find_tile finds. A whole warp asks.
-template <int kRows>
-__device__ inline int count_tiles(const AttentionArguments& a) {
-  int tiles = 0;
-  for (int sequence = threadIdx.x % kWarp; sequence < a.sequences; sequence += kWarp) {
-    const int length = a.query_start[sequence + 1] - a.query_start[sequence];
-    if (length > 1) tiles += ceil_div(length, kRows);
-  }
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    tiles += __shfl_xor_sync(kAllLanes, tiles, offset);
-  }
-  return tiles;
+  return {-1, before, 0, 0, 0};
 }
 
 // At most so many tiles, however the rows are divided among the sequences.

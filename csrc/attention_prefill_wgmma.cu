@@ -42,22 +42,6 @@ struct Shared {
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// A whole warp asks. The last tiles of a sequence see the most keys: they come first.
-template <int kRows>
-__device__ inline Work find_work(const AttentionArguments& a, int number, int tiles) {
-  if (number >= tiles * a.heads) return {};
-  const QueryTile tile = find_tile<kRows>(a, tiles - 1 - number / a.heads);
-  const int first = tile.index * kRows, rows = min(kRows, tile.length - first);
-  const int position = tile.context - tile.length + first;
-  return {tile.sequence,
-          number % a.heads,
-          tile.start + first,
-          rows,
-          position,
-          tile.context,
-          tile.context == 0 ? 0 : ceil_div(position + rows, kKeys)};
-}
-
 // One warp: finds the work, asks for its queries, and for keys and values in the order in which
 // they are used: keys 0, keys 1, values 0, keys 2, values 1, ...
 template <int kDim, int kRows>
@@ -66,9 +50,9 @@ __device__ void fill_ring(const AttentionArguments& a, Shared<kDim>& shared, int
                           const CUtensorMap& v_map) {
   constexpr int kParts = Shared<kDim>::kParts;
   const int lane = threadIdx.x % kWarp;
-  if (lane < a.sequences) {  // what is needed once the rows are counted
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(a.context_lens + lane));
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(a.block_table + lane * a.max_blocks));
+  if (lane < a.sequences) {  // needed as soon as the first work is known
+    const int64_t sequence = a.sequences - 1 - lane;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(a.block_table + sequence * a.max_blocks));
   }
   Cursor at;
   bool first_round = true;
@@ -109,31 +93,42 @@ __device__ void fill_ring(const AttentionArguments& a, Shared<kDim>& shared, int
     if (at.slot == 0) first_round = false;
   };
 
-  const int tiles = count_tiles<kRows>(a);
-  int number = blockIdx.x;
-  for (uint32_t phase = 1;; phase ^= 1) {
-    const Work work = find_work<kRows>(a, number, tiles);
-    const auto tell = [&] {
-      barrier_wait(&shared.answered, phase);  // at first it counts as answered
-      if (lane != 0) return;
-      shared.work = work;
-      if (work.key_tiles == 0) return barrier_arrive(&shared.asked);
-      const int groups = ceil_div(work.rows, kBox);
-      barrier_expect(&shared.asked, groups * kParts * kBoxBytes);
-      for (int group = 0; group < groups; ++group) {
+  uint32_t answers = 1;  // so it counts as answered at first
+  const auto tell = [&](const Work& work) {
+    barrier_wait(&shared.answered, answers);
+    answers ^= 1;
+    if (lane != 0) return;
+    shared.work = work;
+    if (work.key_tiles == 0) return barrier_arrive(&shared.asked);
+    const int groups = ceil_div(work.rows, kBox);
+    barrier_expect(&shared.asked, groups * kParts * kBoxBytes);
+    for (int group = 0; group < groups; ++group) {
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          tensor_copy(shared.queries[group][part], &q_map, work.head * kDim + part * kBox,
-                      work.row + group * kBox, &shared.asked);
-        }
+      for (int part = 0; part < kParts; ++part) {
+        tensor_copy(shared.queries[group][part], &q_map, work.head * kDim + part * kBox,
+                    work.row + group * kBox, &shared.asked);
       }
-    };
-    if (work.rows == 0) return tell();
-    if (lane == 0) {
-      const int taken = atomicAdd(counter, 1);
-      if (taken == tiles * a.heads - 1) *counter = 0;  // nobody asks any more
-      number = gridDim.x + taken;
     }
+  };
+
+  int number = blockIdx.x;
+  while (true) {
+    const QueryTile query = find_tile<kRows>(a, number / a.heads);
+    if (query.sequence < 0) {
+      // Every work that is done takes one number: was this the last of them?
+      const int taken = number - static_cast<int>(gridDim.x);
+      if (lane == 0 && taken == query.index * a.heads - 1) *counter = 0;
+      return tell(Work{});
+    }
+    const int first = query.index * kRows;
+    Work work;
+    work.sequence = query.sequence;
+    work.head = number % a.heads;
+    work.row = query.start + first;
+    work.rows = min(kRows, query.length - first);
+    work.position = query.context - query.length + first;
+    work.context = query.context;
+    work.key_tiles = work.context == 0 ? 0 : ceil_div(work.position + work.rows, kKeys);
 
     const int32_t* table = a.block_table + static_cast<int64_t>(work.sequence) * a.max_blocks;
     const int kv_head = work.head / (a.heads / a.kv_heads);
@@ -151,11 +146,14 @@ __device__ void fill_ring(const AttentionArguments& a, Shared<kDim>& shared, int
       const int next = __shfl_sync(kAllLanes, rows, box % kWarp);
       const int second_next = __shfl_sync(kAllLanes, rows, box % kWarp + 1);
       if (tile < work.key_tiles) ask(k_map, valid, next, second_next, false);
-      if (tile == 0) tell();  // the first keys need not wait until the last queries are done with
+      // After the first keys, which need not wait until the last work's queries are done with.
+      if (tile == 0) tell(work);
       if (tile > 0) ask(v_map, valid + kKeys, row, second_row, true);
       row = next;
       second_row = second_next;
     }
+    // Only now, so that a block with much to do takes no more before one with little.
+    if (lane == 0) number = gridDim.x + atomicAdd(counter, 1);
     number = __shfl_sync(kAllLanes, number, 0);
   }
 }
