@@ -115,7 +115,7 @@ void decoder_layers(Tensor out, Tensor residual, std::vector<Tensor> k_caches,
     if (ours) {
       matmul_rope_append(q, k_caches[layer], v_caches[layer], normal.values,
                          weight_of(Layer::kQkv, Layer::kQkvProduct), normal.scales,
-                         scales_of(Layer::kQkvProduct), cos_sin, positions, slot_mapping, {});
+                         scales_of(Layer::kQkvProduct), cos_sin, positions, slot_mapping);
     } else {
       linear_out(torch::stable::view(qkv, {rows, qkv.size(1) * dim}), x, part[Layer::kQkv], {});
       rope_append(q, torch::stable::narrow(qkv, 1, q_heads, kv_heads),

@@ -1,8 +1,8 @@
 // Products of many rows on Hopper, with what follows them: the kernel is matmul.cuh's. Other GPUs,
-// types and shapes have torch's products (see prefill.cu).
-#include "matmul.cuh"
+// types and shapes have torch's products (see decoder.cpp).
+#include "matmul.h"
 
-#include <algorithm>
+#include <cuda_fp8.h>
 
 #include "ops.h"
 
@@ -13,77 +13,6 @@ int attribute(const Tensor& tensor, cudaDeviceAttr which) {
   int value = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, tensor.get_device_index()));
   return value;
-}
-
-template <typename In>
-constexpr CUtensorMapDataType kMapType = std::is_same_v<In, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                         : std::is_same_v<In, __nv_bfloat16>
-                                             ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                             : CU_TENSOR_MAP_DATA_TYPE_UINT8;
-
-template <typename In>
-CUtensorMap map_of(const Tensor& matrix, int box_rows) {
-  return matrix_map(matrix.data_ptr(), kMapType<In>, sizeof(In), matrix.size(0), matrix.size(1),
-                    matrix.stride(0) * sizeof(In), box_rows);
-}
-
-template <typename In, typename Out, int kTokens>
-void launch(const Tensor& x, const Tensor& weight, Work<Out> work, int clusters) {
-  using Memory = MatmulMemory<kTokens>;
-  static_assert(Memory::kStages >= 3);
-  const Launch to(x);
-  const auto kernel = matmul_kernel<In, Out, kTokens>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      Memory::kBytes));
-  work.token_tiles = ceil_div(work.tokens, kTokens);
-  const int blocks = kCluster * std::min(clusters, work.tile_pairs * work.token_tiles);
-  launch_clusters(kernel, kCluster, blocks, kMatmulThreads, Memory::kBytes, to.stream(),
-                  map_of<In>(x, kTokens / kCluster), map_of<In>(weight, kHalfRows), work);
-}
-
-// The width of a tile with which the fewest columns are multiplied, one wave of clusters after the
-// other. A tile's share of what is fetched grows as it gets narrower.
-int best_width(int tokens, int tile_pairs, int clusters) {
-  constexpr int kNarrowest = 128, kWidest = 256, kTileCost = 24;
-  int best = kWidest, least = INT32_MAX;
-  for (int width = kNarrowest; width <= kWidest; width += 16) {
-    const int waves = ceil_div(tile_pairs * ceil_div(tokens, width), clusters);
-    const int cost = waves * (width + kTileCost);
-    if (cost <= least) {
-      least = cost;
-      best = width;
-    }
-  }
-  return best;
-}
-
-template <typename In, typename Out>
-void run(const Tensor& x, const Tensor& weight, Work<Out> work) {
-  const int rows = work.result == Result::kSiluMul ? kHalfRows : kTileRows;
-  work.tokens = static_cast<int>(x.size(0));
-  work.inputs = static_cast<int>(x.size(1));
-  work.tile_pairs = ceil_div(work.outputs, rows * kCluster);
-  const int clusters = attribute(x, cudaDevAttrMultiProcessorCount) / kCluster;
-  switch (best_width(work.tokens, work.tile_pairs, clusters)) {
-    case 128:
-      return launch<In, Out, 128>(x, weight, work, clusters);
-    case 144:
-      return launch<In, Out, 144>(x, weight, work, clusters);
-    case 160:
-      return launch<In, Out, 160>(x, weight, work, clusters);
-    case 176:
-      return launch<In, Out, 176>(x, weight, work, clusters);
-    case 192:
-      return launch<In, Out, 192>(x, weight, work, clusters);
-    case 208:
-      return launch<In, Out, 208>(x, weight, work, clusters);
-    case 224:
-      return launch<In, Out, 224>(x, weight, work, clusters);
-    case 240:
-      return launch<In, Out, 240>(x, weight, work, clusters);
-    default:
-      return launch<In, Out, 256>(x, weight, work, clusters);
-  }
 }
 
 bool rows_aligned(const Tensor& matrix) {
@@ -134,7 +63,7 @@ void matmul(Result result, const Tensor& out, int64_t outputs, const Tensor& x,
       work.weight_scales = data<float>(*weight_scales);
     }
     complete(work);
-    run<In>(x, weight, work);
+    run_matmul<In>(x, weight, work);
   });
 }
 
@@ -188,8 +117,7 @@ void matmul_silu_mul(Tensor out, Tensor x, Tensor gate_up, std::optional<Tensor>
 
 void matmul_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Tensor qkv,
                         std::optional<Tensor> x_scales, std::optional<Tensor> weight_scales,
-                        Tensor cos_sin, Tensor positions, Tensor slot_mapping,
-                        std::optional<Tensor> kv) {
+                        Tensor cos_sin, Tensor positions, Tensor slot_mapping) {
   STD_TORCH_CHECK(q.dim() == 3 && k_cache.dim() == 4 && q.size(2) == kTileRows &&
                       k_cache.size(3) == kTileRows && q.stride(1) == kTileRows,
                   "heads must be dense and have ", kTileRows, " dimensions");
@@ -205,9 +133,6 @@ void matmul_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Tens
     check_type(*cache, q.scalar_type(), "cache");
   }
   STD_TORCH_CHECK(v_cache.numel() == k_cache.numel(), "the caches differ in size");
-  if (kv.has_value()) {
-    check_column(*kv, q.scalar_type(), x.size(0) * 2 * k_cache.size(1) * kTileRows, "kv");
-  }
   matmul(Result::kRopeAppend, q, heads * kTileRows, x, qkv, x_scales, weight_scales,
          [&](auto& work) {
            using Out = std::remove_pointer_t<decltype(work.out)>;
@@ -216,7 +141,6 @@ void matmul_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Tens
            work.slots = data<int64_t>(slot_mapping);
            work.k_cache = data<Out>(k_cache);
            work.v_cache = data<Out>(v_cache);
-           work.kv = kv.has_value() ? data<Out>(*kv) : nullptr;
            work.q_heads = static_cast<int>(q.size(1));
            work.kv_heads = static_cast<int>(k_cache.size(1));
            work.block_size = static_cast<int>(k_cache.size(2));

@@ -2,54 +2,40 @@
 // matrix units, and what becomes of the sums.
 //
 // A weight tile of 128 rows is the products' M and a tile of kTokens tokens their N, which may be any
-// multiple of 16: so the tiles fit the number of tokens, and few places of the last wave stay empty.
+// multiple of 8: so the tiles fit the number of tokens, and few places of the last wave stay empty.
 // Two blocks make a cluster. Each has its own weight rows and fetches half of the tokens' tile for
-// both. In a block one thread keeps a ring of tiles full, two warpgroups multiply 64 weight rows each.
+// both, to eights. In a block one thread keeps a ring of tiles full, two warpgroups multiply 64 weight rows each.
 #pragma once
 
-#include "common.cuh"
+#include "matmul.h"
 #include "ring.cuh"
 #include "wgmma.cuh"
 #include "wgmma_products.cuh"
 
 namespace llava_engine {
 
-constexpr int kTileRows = 128;  // of the weight
 constexpr int kHalfRows = kTileRows / 2;
 constexpr int kCluster = 2;
+constexpr int kAheadColumns = 256;  // of the weight: so many are asked into L2 at once
 constexpr int kMatmulThreads = 3 * kWarpgroup;
 constexpr int kMultipliers = 2 * kWarpgroup;  // threads
-
-enum class Result { kStore, kAdd, kSiluMul, kRopeAppend };
-enum class Activation { kNone, kGelu, kQuickGelu };
-
-// What becomes of the sums. Out: the type of results, biases and caches.
-template <typename Out>
-struct Work {
-  Result result;
-  Activation activation;  // with kStore
-  int tokens, inputs;
-  int outputs;  // columns of `out`; with kSiluMul half of the weight's rows
-  int token_tiles, tile_pairs;
-  Out* out;  // kAdd: the residual; kRopeAppend: the queries
-  int64_t out_stride;
-  const Out* bias;                        // [outputs] or null
-  const float *x_scales, *weight_scales;  // [tokens] and [weight rows], both or none
-  // kRopeAppend, whose heads have kTileRows dimensions. See rope_kv.cu.
-  const float* cos_sin;
-  const int64_t *positions, *slots;
-  Out *k_cache, *v_cache;
-  Out* kv;  // rotated keys and values [tokens, 2 * kv_heads, dim] besides, or null
-  int q_heads, kv_heads, block_size;
-};
 
 template <int kTokens>
 struct MatmulMemory {
   static constexpr int kStageBytes = (kTileRows + kTokens) * kSwizzleBytes;
+  // Each block's share of the tokens. Where it is not the half the shares overlap by eight tokens,
+  // which come twice: a box has one size for both.
+  static constexpr int kShare = ceil_div(kTokens, 16) * 8;
+  static constexpr int kArrivingBytes = (kTileRows + kCluster * kShare) * kSwizzleBytes;
   // Results pass through shared memory, half of the tokens at a time. 8 elements more keep the rows
   // of a store apart.
-  static constexpr int kPassTokens = ceil_div(kTokens / 16, 2) * 16;
+  static constexpr int kPassTokens = ceil_div(kTokens, 32) * 16;
   static constexpr int kPitch = kTileRows + 8;
+  static constexpr int kPasses = ceil_div(kTokens, kPassTokens);
+  // A token's results lie beside each other: 16 threads have them, a turn a token each.
+  static constexpr int kVectors = kTileRows / kVector;
+  static constexpr int kAtOnce = kMultipliers / kVectors;
+  static constexpr int kTurns = kPassTokens / kAtOnce;  // of a pass
   static constexpr int kPassBytes = kPassTokens * kPitch * 2;
   static constexpr int kMost = (227 << 10) - kPassBytes - 256;
   static constexpr int kStages = kMost / kStageBytes < 8 ? kMost / kStageBytes : 8;
@@ -68,37 +54,58 @@ __device__ inline int weight_row(const Work<Out>& work, int tile, int half) {
   return tile * kTileRows + half * kHalfRows;
 }
 
-// One thread: asks for the tiles of one item after the other, as slots become free.
+// One thread: asks for the tiles of one item after the other, as slots become free. The weights come
+// from memory and are late; so they are asked into L2 some depths before, in rows four times as long,
+// by the clusters that have the same weights and other tokens in turn.
 template <typename In, int kTokens, typename Out>
 __device__ void fill_tiles(const CUtensorMap* x_map, const CUtensorMap* w_map,
-                           const Work<Out>& work, char* ring, uint64_t* full, uint64_t* empty) {
+                           const CUtensorMap* ahead_map, const Work<Out>& work, char* ring,
+                           uint64_t* full, uint64_t* empty) {
   using Memory = MatmulMemory<kTokens>;
-  constexpr int kDepth = kSwizzleBytes / sizeof(In), kShare = kTokens / kCluster;
+  constexpr int kDepth = kSwizzleBytes / sizeof(In), kGroup = kAheadColumns / kDepth;
+  constexpr int kAhead = 3;  // groups
   const int rank = cluster_rank(), items = work.tile_pairs * work.token_tiles;
-  const int depths = ceil_div(work.inputs, kDepth);
+  const int depths = ceil_div(work.inputs, kDepth), groups = ceil_div(depths, kGroup);
+  const int clusters = gridDim.x / kCluster;
+  const auto tile_of = [&](int item) { return item / work.token_tiles * kCluster + rank; };
+  const auto ask_ahead = [&](int item, int group) {
+    if (item >= items || group % work.token_tiles != item % work.token_tiles) return;
+    for (int half = 0; half < 2; ++half) {
+      tensor_prefetch(ahead_map, group * kAheadColumns, weight_row(work, tile_of(item), half));
+    }
+  };
   const auto ask_weights = [&](int item, int depth, int slot) {
-    const int tile = item / work.token_tiles * kCluster + rank;
     char* to = ring + slot * Memory::kStageBytes;
-    barrier_expect(full + slot, Memory::kStageBytes);
+    barrier_expect(full + slot, Memory::kArrivingBytes);
     for (int half = 0; half < 2; ++half) {
       tensor_copy(to + half * kHalfRows * kSwizzleBytes, w_map, depth * kDepth,
-                  weight_row(work, tile, half), full + slot);
+                  weight_row(work, tile_of(item), half), full + slot);
     }
   };
   // Weights do not depend on the kernel before: the ring is filled with them while that still runs.
   const int first = blockIdx.x / kCluster, early = min(depths, Memory::kStages);
   for (int depth = 0; depth < early; ++depth) ask_weights(first, depth, depth);
+  for (int group = 1; group < min(kAhead, groups); ++group) ask_ahead(first, group);
   wait_for_predecessor();
   Cursor at;
   bool first_round = true;
-  for (int item = first; item < items; item += gridDim.x / kCluster) {
-    const int token = item % work.token_tiles * kTokens + rank * kShare;
+  for (int item = first; item < items; item += clusters) {
+    const int place = rank * (kTokens - Memory::kShare);
+    const int token = item % work.token_tiles * kTokens + place;
     for (int depth = 0; depth < depths; ++depth) {
+      if (depth % kGroup == 0) {
+        const int group = depth / kGroup + kAhead;
+        if (group < groups) {
+          ask_ahead(item, group);
+        } else {
+          ask_ahead(item + clusters, group - groups);
+        }
+      }
       if (item != first || depth >= early) {
         if (!first_round) barrier_wait(empty + at.slot, at.phase ^ 1);
         ask_weights(item, depth, at.slot);
       }
-      char* to = ring + at.slot * Memory::kStageBytes + (kTileRows + rank * kShare) * kSwizzleBytes;
+      char* to = ring + at.slot * Memory::kStageBytes + (kTileRows + place) * kSwizzleBytes;
       tensor_copy_to_all(to, x_map, depth * kDepth, token, full + at.slot, (1 << kCluster) - 1);
       at.advance(Memory::kStages);
       if (at.slot == 0) first_round = false;
@@ -122,74 +129,24 @@ __device__ inline uint32_t packed(float a, float b) {
   return *reinterpret_cast<uint32_t*>(&pack);
 }
 
+// Where 8 results of a token go, if they are stored or added as they are; null behind the last.
+template <typename Out>
+__device__ inline Out* place_of(const Work<Out>& work, int tile, int token, int vector) {
+  const int column = tile * kTileRows + vector * kVector;
+  return column < work.outputs ? work.out + token * work.out_stride + column : nullptr;
+}
+
 // What 8 results of a token become; `row` has all results of the token in this tile.
 template <typename Out>
-__device__ inline void finish_vector(const Work<Out>& work, int tile, int token, const Out* row,
-                                     int vector) {
-  const int place = vector * kVector;
+__device__ inline void store_vector(const Work<Out>& work, int tile, int token, const Out* row,
+                                    int vector, const Pack<Out, kVector>& before) {
+  Out* to = place_of(work, tile, token, vector);
+  if (to == nullptr) return;
   float values[kVector];
-  load(row + place, values);
-  if (work.result == Result::kSiluMul) {
-    const int column = tile * kHalfRows + place;
-    if (column >= work.outputs) return;
-    float ups[kVector];
-    load(row + kHalfRows + place, ups);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      values[i] = rounded<Out>(values[i] / (1.0f + __expf(-values[i]))) * ups[i];
-    }
-    store(work.out + token * work.out_stride + column, values);
-    return;
-  }
-  if (work.result == Result::kRopeAppend) {
-    float rights[kVector];
-    load(row + kHalfRows + place, rights);
-    const int head = tile;
-    if (head >= work.q_heads + 2 * work.kv_heads) return;
-    const bool is_q = head < work.q_heads, is_v = head >= work.q_heads + work.kv_heads;
-    if (!is_v) {
-      const float* angles = work.cos_sin + work.positions[token] * kTileRows + place;
-      float cosine[kVector], sine[kVector];
-      load(angles, cosine);
-      load(angles + kHalfRows, sine);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const float left = values[i], right = rights[i];
-        values[i] = left * cosine[i] - right * sine[i];
-        rights[i] = right * cosine[i] + left * sine[i];
-      }
-    }
-    if (is_q) {
-      Out* to = work.out + token * work.out_stride + head * kTileRows + place;
-      store(to, values);
-      store(to + kHalfRows, rights);
-      return;
-    }
-    const int kv_head = head - work.q_heads - (is_v ? work.kv_heads : 0);
-    if (work.kv != nullptr) {
-      Out* to = work.kv +
-                (static_cast<int64_t>(token) * 2 * work.kv_heads + head - work.q_heads) * kTileRows +
-                place;
-      store(to, values);
-      store(to + kHalfRows, rights);
-    }
-    const int64_t slot = work.slots[token];
-    if (slot < 0) return;
-    const int64_t cached =
-        (slot / work.block_size * work.kv_heads + kv_head) * work.block_size + slot % work.block_size;
-    Out* to = (is_v ? work.v_cache : work.k_cache) + cached * kTileRows + place;
-    store(to, values);
-    store(to + kHalfRows, rights);
-    return;
-  }
-  const int column = tile * kTileRows + place;
-  if (column >= work.outputs) return;
-  Out* to = work.out + token * work.out_stride + column;
+  load(row + vector * kVector, values);
   if (work.result == Result::kAdd) {
-    float before[kVector];
-    load(to, before);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) values[i] += before[i];
+    for (int i = 0; i < kVector; ++i) values[i] += to_float(before.values[i]);
   } else if (work.activation == Activation::kGelu) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -197,20 +154,91 @@ __device__ inline void finish_vector(const Work<Out>& work, int tile, int token,
     }
   } else if (work.activation == Activation::kQuickGelu) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) values[i] /= 1.0f + __expf(-1.702f * values[i]);
+    for (int i = 0; i < kVector; ++i) {
+      values[i] = __fdividef(values[i], 1.0f + __expf(-1.702f * values[i]));
+    }
   }
   store(to, values);
 }
 
+// The same for results that depend on two rows of the weight, kHalfRows apart.
+template <typename Out>
+__device__ inline void finish_pair(const Work<Out>& work, int tile, int token, const Out* row,
+                                   int vector) {
+  const int place = vector * kVector;
+  float lefts[kVector], rights[kVector];
+  load(row + place, lefts);
+  load(row + kHalfRows + place, rights);
+  if (work.result == Result::kSiluMul) {
+    const int column = tile * kHalfRows + place;
+    if (column >= work.outputs) return;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      rights[i] *= rounded<Out>(__fdividef(lefts[i], 1.0f + __expf(-lefts[i])));
+    }
+    store(work.out + token * work.out_stride + column, rights);
+    return;
+  }
+  const int head = tile;
+  if (head >= work.q_heads + 2 * work.kv_heads) return;
+  const bool is_q = head < work.q_heads, is_v = head >= work.q_heads + work.kv_heads;
+  if (!is_v) {
+    const float* angles = work.cos_sin + work.positions[token] * kTileRows + place;
+    float cosine[kVector], sine[kVector];
+    load(angles, cosine);
+    load(angles + kHalfRows, sine);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const float left = lefts[i], right = rights[i];
+      lefts[i] = left * cosine[i] - right * sine[i];
+      rights[i] = right * cosine[i] + left * sine[i];
+    }
+  }
+  if (is_q) {
+    Out* to = work.out + token * work.out_stride + head * kTileRows + place;
+    store(to, lefts);
+    store(to + kHalfRows, rights);
+    return;
+  }
+  const int kv_head = head - work.q_heads - (is_v ? work.kv_heads : 0);
+  const int64_t slot = work.slots[token];
+  if (slot < 0) return;
+  const int64_t cached =
+      (slot / work.block_size * work.kv_heads + kv_head) * work.block_size + slot % work.block_size;
+  Out* to = (is_v ? work.v_cache : work.k_cache) + cached * kTileRows + place;
+  store(to, lefts);
+  store(to + kHalfRows, rights);
+}
+
+// A thread's part of the residual that a tile is added to.
+template <typename Out, int kTokens>
+struct Residual {
+  using Memory = MatmulMemory<kTokens>;
+  Pack<Out, kVector> packs[Memory::kPasses * Memory::kTurns];
+
+  __device__ void ask(const Work<Out>& work, int tile, int first_token) {
+    const int thread = threadIdx.x - kWarpgroup;
+#pragma unroll
+    for (int turn = 0; turn < Memory::kPasses * Memory::kTurns; ++turn) {
+      const int token = first_token + turn * Memory::kAtOnce + thread / Memory::kVectors;
+      const Out* from = place_of(work, tile, token, thread % Memory::kVectors);
+      if (token < work.tokens && from != nullptr) {
+        packs[turn] = *reinterpret_cast<const Pack<Out, kVector>*>(from);
+      }
+    }
+  }
+};
+
 // The multipliers: sums of a tile, through shared memory, to where they go.
 template <int kTokens, typename Out>
 __device__ void finish_tile(const Work<Out>& work, int tile, int first_token,
-                            float (&sums)[kTokens / 2], Out* pass) {
+                            float (&sums)[kTokens / 2], const Residual<Out, kTokens>& before,
+                            Out* pass) {
   using Memory = MatmulMemory<kTokens>;
+  constexpr int kTurns = Memory::kTurns, kVectors = Memory::kVectors;
   const int thread = threadIdx.x - kWarpgroup, half = thread / kWarpgroup, lane = thread % kWarp;
   const int warp_row = thread % kWarpgroup / kWarp * 16;  // within the half
   const int first_row = weight_row(work, tile, half) + warp_row + lane / 4;
-  const bool paired = work.result == Result::kSiluMul || work.result == Result::kRopeAppend;
   if (work.weight_scales != nullptr) {
     // Rows behind the last have sums of zero, which nobody reads.
     const int rows = work.result == Result::kSiluMul ? 2 * work.outputs : work.outputs;
@@ -242,25 +270,40 @@ __device__ void finish_tile(const Work<Out>& work, int tile, int first_token,
   Out* mine = pass + (lane / 16 * 8 + lane % 8) * Memory::kPitch + half * kHalfRows + warp_row +
               lane / 8 % 2 * 8;
 #pragma unroll
-  for (int start = 0; start < kTokens; start += Memory::kPassTokens) {
-    const int count = min(Memory::kPassTokens, kTokens - start);
+  for (int p = 0; p < Memory::kPasses; ++p) {
+    const int start = p * Memory::kPassTokens;
+    const int there = min(Memory::kPassTokens, work.tokens - first_token - start);
     multipliers_sync();  // the last pass has been read
 #pragma unroll
     for (int t = 0; t < Memory::kPassTokens; t += 16) {
-      if (t < count) {
+      if (start + t < kTokens) {
         const float* s = sums + (start + t) / 2;
+        // The last eight tokens stand alone where kTokens is odd in eights.
+        const bool both = start + t + 8 < kTokens;
         store_transposed(mine + t * Memory::kPitch, packed<Out>(s[0], s[1]), packed<Out>(s[2], s[3]),
-                         packed<Out>(s[4], s[5]), packed<Out>(s[6], s[7]));
+                         both ? packed<Out>(s[4], s[5]) : 0, both ? packed<Out>(s[6], s[7]) : 0);
       }
     }
     multipliers_sync();
-    const int vectors = (paired ? kHalfRows : kTileRows) / kVector;  // of a token
-    const int there = min(count, work.tokens - first_token - start);
-#pragma unroll 2
-    for (int i = thread; i < there * vectors; i += kMultipliers) {
-      const int token = i / vectors;
-      finish_vector(work, tile, first_token + start + token, pass + token * Memory::kPitch,
-                    i % vectors);
+    if (work.result == Result::kStore || work.result == Result::kAdd) {
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const int token = turn * Memory::kAtOnce + thread / kVectors;
+        if (token < there) {
+          store_vector(work, tile, first_token + start + token, pass + token * Memory::kPitch,
+                       thread % kVectors, before.packs[p * kTurns + turn]);
+        }
+      }
+    } else {
+      constexpr int kPairs = kVectors / 2;
+#pragma unroll
+      for (int turn = 0; turn < ceil_div(kTurns, 2); ++turn) {
+        const int token = turn * kMultipliers / kPairs + thread / kPairs;
+        if (token < there) {
+          finish_pair(work, tile, first_token + start + token, pass + token * Memory::kPitch,
+                      thread % kPairs);
+        }
+      }
     }
   }
 }
@@ -269,7 +312,7 @@ __device__ void finish_tile(const Work<Out>& work, int tile, int first_token,
 template <typename In, typename Out, int kTokens>
 __global__ __launch_bounds__(kMatmulThreads, 1) void matmul_kernel(
     const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
-    const __grid_constant__ Work<Out> work) {
+    const __grid_constant__ CUtensorMap ahead_map, const __grid_constant__ Work<Out> work) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Memory = MatmulMemory<kTokens>;
   launch_dependents();
@@ -279,6 +322,7 @@ __global__ __launch_bounds__(kMatmulThreads, 1) void matmul_kernel(
   if (threadIdx.x == 0) {
     tensor_map_prefetch(&x_map);
     tensor_map_prefetch(&w_map);
+    tensor_map_prefetch(&ahead_map);
     for (int slot = 0; slot < Memory::kStages; ++slot) {
       barrier_init(full + slot, 1);
       barrier_init(empty + slot, kCluster * kMultipliers / kWarpgroup);
@@ -288,7 +332,9 @@ __global__ __launch_bounds__(kMatmulThreads, 1) void matmul_kernel(
   cluster_sync();
   if (threadIdx.x < kWarpgroup) {
     registers_down<40>();
-    if (threadIdx.x == 0) fill_tiles<In, kTokens>(&x_map, &w_map, work, shared, full, empty);
+    if (threadIdx.x == 0) {
+      fill_tiles<In, kTokens>(&x_map, &w_map, &ahead_map, work, shared, full, empty);
+    }
   } else {
     registers_up<232>();
     const int half = threadIdx.x / kWarpgroup - 1, member = threadIdx.x % kWarpgroup;
@@ -299,6 +345,11 @@ __global__ __launch_bounds__(kMatmulThreads, 1) void matmul_kernel(
     const int depths = ceil_div<int>(work.inputs, kSwizzleBytes / sizeof(In));
     Cursor at;
     for (int item = blockIdx.x / kCluster; item < items; item += gridDim.x / kCluster) {
+      const int tile = item / work.token_tiles * kCluster + cluster_rank();
+      const int token = item % work.token_tiles * kTokens;
+      wait_for_predecessor();
+      Residual<Out, kTokens> residual;
+      if (work.result == Result::kAdd) residual.ask(work, tile, token);
       float sums[kTokens / 2] = {};
       int before = 0;
       for (int depth = 0; depth < depths; ++depth) {
@@ -317,9 +368,7 @@ __global__ __launch_bounds__(kMatmulThreads, 1) void matmul_kernel(
       }
       products_wait<0>();
       release(before);
-      wait_for_predecessor();
-      finish_tile<kTokens>(work, item / work.token_tiles * kCluster + cluster_rank(),
-                           item % work.token_tiles * kTokens, sums,
+      finish_tile<kTokens>(work, tile, token, sums, residual,
                            reinterpret_cast<Out*>(shared + Memory::kPass));
     }
   }

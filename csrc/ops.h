@@ -44,8 +44,7 @@ void matmul_silu_mul(Tensor out, Tensor x, Tensor gate_up, std::optional<Tensor>
                      std::optional<Tensor> weight_scales);
 void matmul_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Tensor qkv,
                         std::optional<Tensor> x_scales, std::optional<Tensor> weight_scales,
-                        Tensor cos_sin, Tensor positions, Tensor slot_mapping,
-                        std::optional<Tensor> kv);
+                        Tensor cos_sin, Tensor positions, Tensor slot_mapping);
 
 // decoder.cpp
 void decoder_layers(Tensor out, Tensor residual, std::vector<Tensor> k_caches,

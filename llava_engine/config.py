@@ -25,14 +25,10 @@ class EngineConfig:
     dtype: of weights and activations; "auto" is float16 on CUDA and float32 on the CPU.
     kernels: "auto" runs the compiled kernels on CUDA and the torch references on the CPU;
         "reference" runs the references everywhere.
-    attention: how prefill attends on CUDA. "auto" takes torch's flash kernel for long whole prompts
-        and the engine's own for the rest, "torch" and "flash_attn" that of torch or of the
-        flash-attn package for every chunk, "paged" the engine's own for all. Decoding always takes
-        the latter, and so does what flash kernels are not made for, such as float32.
-    prefill: "exact" computes prefill in the model's type. "fp8" is faster and less accurate: in
-        steps of many rows the products of the decoder's layers are of 8-bit numbers (e4m3, a scale
-        per token and per output), for which the weights are kept a second time, at half their size.
-        It needs a Hopper GPU and a model in 16 bits. Decoding is the same with both.
+    attention: how prefill attends on CUDA. "auto" and "paged" take the engine's own kernels for
+        all; "torch" and "flash_attn" the flash kernel of torch or of the flash-attn package for
+        every chunk, with a call from Python for each kernel of each layer. Decoding always takes
+        the engine's own, and so does what flash kernels are not made for, such as float32.
     programmatic_launch: let the kernels of a decoding step start before their predecessors end, on
         GPUs that can (Hopper and later).
     block_size: tokens per KV block.
@@ -91,6 +87,8 @@ class EngineConfig:
             "max_image_pixels",
             "fetch_timeout",
         )
+        if self.prefill == "fp8" and self.attention not in ("auto", "paged"):
+            raise ValueError('prefill="fp8" needs the engine\'s own attention ("auto" or "paged")')
         for name in ("image_cache_mb", "pixel_cache_mb"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")

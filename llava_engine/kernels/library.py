@@ -49,6 +49,11 @@ def references() -> Iterator[None]:
         _use_references.reset(token)
 
 
+def using_references() -> bool:
+    """Whether this thread is inside `references()`."""
+    return _use_references.get()
+
+
 @contextmanager
 def programmatic_launch(on: bool) -> Iterator[None]:
     """While a step is captured in this block, let its kernels start before their predecessors end.
@@ -69,6 +74,11 @@ def programmatic_launch(on: bool) -> Iterator[None]:
 def c_library() -> ctypes.CDLL:
     """The compiled library's C functions; calling one gives up the GIL. Raises KernelsNotBuilt."""
     _load()
+    return _c_functions()
+
+
+@cache
+def _c_functions() -> ctypes.CDLL:
     return ctypes.CDLL(str(LIBRARY))
 
 

@@ -94,12 +94,10 @@ def matmul_rope_append(
     *,
     x_scales: torch.Tensor | None = None,
     weight_scales: torch.Tensor | None = None,
-    kv: torch.Tensor | None = None,
 ) -> None:
     """Queries, keys and values of x, rotated, the latter two put into the cache; see rope_append.
 
     q: [T, q_heads, HEAD_DIM]. qkv: [(q_heads + 2 * kv_heads) * HEAD_DIM, inputs].
-    kv: [T, 2 * kv_heads, HEAD_DIM], to have rotated keys, then values, there as well; or None.
     Scales as for matmul_add.
     """
     _rope_append(
@@ -113,7 +111,6 @@ def matmul_rope_append(
         cos_sin,
         positions,
         slot_mapping,
-        kv,
     )
 
 
@@ -179,15 +176,12 @@ def _rope_append_reference(
     cos_sin: torch.Tensor,
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
-    kv: torch.Tensor | None,
 ) -> None:
     heads = _product(q.dtype, x, qkv, None, x_scales, weight_scales).view(len(x), -1, q.shape[-1])
-    queries, pairs = heads[:, : q.shape[1]], heads[:, q.shape[1] :]
-    keys, values = pairs.chunk(2, dim=1)
+    queries, keys_values = heads[:, : q.shape[1]], heads[:, q.shape[1] :]
+    keys, values = keys_values.chunk(2, dim=1)
     rope_append(queries, keys, values, cos_sin, positions, slot_mapping, k_cache, v_cache)
     q.copy_(queries)
-    if kv is not None:
-        kv.copy_(pairs)
 
 
 _store = define(
@@ -207,6 +201,6 @@ _silu_mul = define(
 _rope_append = define(
     "matmul_rope_append(Tensor(a!) q, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor x, "
     "Tensor qkv, Tensor? x_scales, Tensor? weight_scales, Tensor cos_sin, Tensor positions, "
-    "Tensor slot_mapping, Tensor(d!)? kv) -> ()",
+    "Tensor slot_mapping) -> ()",
     _rope_append_reference,
 )

@@ -1,8 +1,8 @@
 """How the rows of a step attend: through the block table, or, in long chunks, over dense keys.
 
-Our paged kernel serves decoding rows and whatever nothing else takes. A flash kernel is faster on
-long chunks, even where their earlier keys must first be gathered from the cache. What goes where is
-settled on the host when a batch is built, so that no layer asks the device.
+Our paged kernel serves everything, unless EngineConfig(attention=...) asks for another for chunks;
+their earlier keys must then be gathered from the cache. What goes where is settled on the host when
+a batch is built, so that no layer asks the device.
 """
 
 from __future__ import annotations
@@ -28,10 +28,6 @@ from llava_engine.network.config import TextConfig
 
 if TYPE_CHECKING:
     from llava_engine.network.llama import Batch
-
-_WORTH_IT = 512
-"""Rows of a whole prompt from which "auto" leaves the paged kernel. Gathering earlier keys for the
-flash kernel takes longer than the paged one at every length measured (bench/NOTES.md)."""
 
 _MAX_GATHERED = 128 << 20  # bytes of keys and values that a step may gather, per layer
 
@@ -239,7 +235,7 @@ def prefill_attention(
     """
     require_attention(name, device)
     on_cuda = device.type == "cuda"
-    if name == "paged" or (name == "auto" and not on_cuda):
+    if name in ("auto", "paged"):  # the engine's own is the fastest (bench/NOTES.md)
         return None
     if on_cuda and not flash_takes(dtype, config.head_dim):
         return None
@@ -250,10 +246,9 @@ def prefill_attention(
         kernel = torch_flash_varlen_attention
     return PrefillAttention(
         kernel,
-        min_rows=_WORTH_IT if name == "auto" else 2,
+        min_rows=2,
         num_kv_heads=config.num_kv_heads,
         key_bytes=2 * config.num_kv_heads * config.head_dim * dtype.itemsize,
-        max_gathered=0 if name == "auto" else _MAX_GATHERED,
     )
 
 

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from llava_engine.errors import UnsupportedModel
 from llava_engine.kernels import linear
 from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.attention import attention_workspace, paged_attention
 from llava_engine.kernels.decoder import decoder_layers
+from llava_engine.kernels.library import using_references
+from llava_engine.kernels.matmul import HEAD_DIM
 from llava_engine.kernels.norm import add_rms_norm, rms_norm
 from llava_engine.kernels.rope_kv import rope_append
 from llava_engine.network.attention import DensePrefill, attention
@@ -57,6 +60,7 @@ class LlamaDecoder:
             config.num_heads, config.num_kv_heads, config.head_dim, place.device
         )
         self._workspace, self._scale = workspace, config.head_dim**-0.5
+        self._head_dim = config.head_dim
         self._layers = [_Layer(config, place, workspace) for _ in range(config.num_layers)]
         self.norm = place.empty(config.hidden_size)
         self._plain = all(layer.plain for layer in self._layers)
@@ -129,7 +133,16 @@ class LlamaDecoder:
         return embeds
 
     def quantize(self) -> None:
-        """Give every product of the layers an fp8 copy of its weight (`Linear.fp8`)."""
+        """Give every product of the layers an fp8 copy of its weight (`Linear.fp8`).
+
+        Raises UnsupportedModel where no kernel would use them.
+        """
+        if not self._plain:
+            raise UnsupportedModel('prefill="fp8" is for decoders with SiLU and without biases')
+        if self._head_dim != HEAD_DIM and self.norm.is_cuda and not using_references():
+            raise UnsupportedModel(
+                f'prefill="fp8" is for heads of {HEAD_DIM} dimensions, not {self._head_dim}'
+            )
         for layer in self._layers:
             for product in layer.products:
                 product.quantize()

@@ -11,6 +11,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
+from llava_engine.kernels.library import programmatic_launch
 from llava_engine.network.attention import prefill_attention
 from llava_engine.network.llama import Batch
 from llava_engine.network.llava import LlavaModel
@@ -35,8 +36,10 @@ class ModelRunner:
         *,
         attention: str = "paged",
         captures: bool = False,
+        overlap: bool = False,
     ) -> None:
         """attention: as in EngineConfig. captures: whether work may be captured as CUDA graphs.
+        overlap: whether kernels may start before their predecessors end.
         Raises as network.attention.prefill_attention."""
         self._model = model
         self._cache = cache
@@ -47,13 +50,14 @@ class ModelRunner:
         self._sampler = Sampler(text.vocab_size, model.config.image_token_id, device)
         self._prefill = prefill_attention(attention, text, model.dtype, device)
         self._block_size = cache.block_size
+        self._overlap = overlap
 
     def run(self, step: list[Scheduled]) -> list[int | None]:
         """The sampled token of each entry that reaches its sequence's end, else None."""
         self._encode_pictures(step)
-        hidden = self._model.forward(
-            self._embed(step), self._batch(step), self._cache.keys, self._cache.values
-        )
+        embeds, batch = self._embed(step), self._batch(step)
+        with programmatic_launch(self._overlap):
+            hidden = self._model.forward(embeds, batch, self._cache.keys, self._cache.values)
         ends = list(accumulate(entry.num_tokens for entry in step))
         complete = [row for row, entry in enumerate(step) if entry.completes]
         tokens: list[int | None] = [None] * len(step)

@@ -97,6 +97,7 @@ class DeviceRuntime:
             self._streams,
             attention=attention,
             captures=config.kernels == "auto",
+            overlap=config.kernels == "auto" and config.programmatic_launch,
         )
         self._decoder = Decoder(
             model,

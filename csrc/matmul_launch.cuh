@@ -1,0 +1,84 @@
+// Chooses a tile for matmul.cuh's kernel and launches it. For the files that have it for a type each.
+#pragma once
+
+#include <algorithm>
+
+#include "matmul.cuh"
+
+namespace llava_engine {
+namespace {
+
+template <int kTokens>
+using Width = std::integral_constant<int, kTokens>;
+
+template <typename In>
+constexpr CUtensorMapDataType kMapType = std::is_same_v<In, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                         : std::is_same_v<In, __nv_bfloat16>
+                                             ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                             : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+
+template <typename In>
+CUtensorMap map_of(const Tensor& matrix, int box_rows, int box_columns = 0) {
+  return matrix_map(matrix.data_ptr(), kMapType<In>, sizeof(In), matrix.size(0), matrix.size(1),
+                    matrix.stride(0) * sizeof(In), box_rows, box_columns);
+}
+
+template <typename In, typename Out, int kTokens>
+void launch(const Tensor& x, const Tensor& weight, Work<Out> work, int clusters) {
+  using Memory = MatmulMemory<kTokens>;
+  static_assert(Memory::kStages >= 3);
+  const Launch to(x);
+  const auto kernel = matmul_kernel<In, Out, kTokens>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      Memory::kBytes));
+  work.token_tiles = ceil_div(work.tokens, kTokens);
+  const int blocks = kCluster * std::min(clusters, work.tile_pairs * work.token_tiles);
+  launch_clusters(kernel, kCluster, blocks, kMatmulThreads, Memory::kBytes, to.stream(),
+                  map_of<In>(x, Memory::kShare), map_of<In>(weight, kHalfRows),
+                  map_of<In>(weight, kHalfRows, kAheadColumns), work);
+}
+
+// f(width) for every width of a tile that there is a kernel for. Prompts with a picture of 576 tokens
+// are three or four tiles, so there the widths lie close.
+template <typename F>
+void for_each_width(F&& f) {
+  const auto each = [&](auto... width) { (f(width), ...); };
+  each(Width<128>{}, Width<144>{}, Width<152>{}, Width<160>{}, Width<168>{}, Width<176>{},
+       Width<192>{}, Width<200>{}, Width<208>{}, Width<216>{}, Width<224>{}, Width<232>{},
+       Width<240>{}, Width<256>{});
+}
+
+// The width with which the fewest columns are multiplied, one wave of clusters after the other.
+int best_width(int tokens, int tile_pairs, int clusters) {
+  constexpr int kTileCost = 24;  // what a tile takes besides, in columns
+  int best = 0, least = INT32_MAX;
+  for_each_width([&](auto width) {
+    const int waves = ceil_div(tile_pairs * ceil_div<int>(tokens, width.value), clusters);
+    const int cost = waves * (width.value + kTileCost);
+    if (cost <= least) {
+      least = cost;
+      best = width.value;
+    }
+  });
+  return best;
+}
+
+}  // namespace
+
+template <typename In, typename Out>
+void run_matmul(const Tensor& x, const Tensor& weight, Work<Out> work) {
+  const int rows = work.result == Result::kSiluMul ? kHalfRows : kTileRows;
+  work.tokens = static_cast<int>(x.size(0));
+  work.inputs = static_cast<int>(x.size(1));
+  work.tile_pairs = ceil_div(work.outputs, rows * kCluster);
+  int processors = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
+                                        x.get_device_index()));
+  const int clusters = processors / kCluster;
+  const int best = best_width(work.tokens, work.tile_pairs, clusters);
+  for_each_width([&](auto width) {
+    if (width.value == best) launch<In, Out, width.value>(x, weight, work, clusters);
+  });
+}
+
+}  // namespace llava_engine
