@@ -16,6 +16,7 @@ from support.pictures import odd_pictures, random_image, random_images, rows_of
 
 import llava_engine
 from llava_engine import EngineConfig, PoolConfig, WorkerPool
+from llava_engine.errors import KernelsNotBuilt
 from llava_engine.image.load import LoadedImage
 from llava_engine.image.picture_cache import PictureCache
 from llava_engine.image.preprocess import ImageProcessorConfig, decoded_picture, preprocess
@@ -24,6 +25,7 @@ from llava_engine.kernels.preprocess import COLUMNS, ROWS, Pass, identity, resam
 from llava_engine.network.clip import patch_rows
 from llava_engine.network.weights import load_model
 from llava_engine.pool import backend
+from llava_engine.runtime import streams as streams_module
 from llava_engine.runtime.picture_encoder import PictureEncoder
 from llava_engine.runtime.streams import DeviceStreams
 
@@ -135,14 +137,33 @@ def test_uploads_of_any_layout_one_right_after_the_other(generator: np.random.Ge
         picture,
         picture[5:6, 3:4],
         long[:, 1:],
+        picture[::-1],
+        picture[:, ::2],
     ]
     for array in arrays:
         array.flags.writeable = False
-    for _ in range(3):
+    for busy in (False, True):
+        if busy:  # so that the pieces are full, and no copy is done, when the next upload comes
+            assert streams._copy is not None
+            with torch.cuda.stream(streams._copy):
+                torch.cuda._sleep(20_000_000)
         copies = [streams.upload(arrays[turn:] + arrays[:turn]) for turn in range(len(arrays))]
         for turn, uploaded in enumerate(copies):
             for copy, array in zip(uploaded, arrays[turn:] + arrays[:turn], strict=True):
                 np.testing.assert_array_equal(copy.cpu().numpy(), array, strict=True)
+
+
+def test_uploads_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with kernels="reference", where nobody has built it."""
+
+    def lacking() -> None:
+        raise KernelsNotBuilt("it is not there")
+
+    monkeypatch.setattr(streams_module, "c_library", lacking)
+    arrays = [np.arange(12, dtype=np.int32).reshape(3, 4), np.ones((9, 8, 3), np.uint8)[:, 2:5]]
+    for copy, array in zip(DeviceStreams(GPU).upload(arrays), arrays, strict=True):
+        assert copy.is_cuda
+        np.testing.assert_array_equal(copy.cpu().numpy(), array, strict=True)
 
 
 @pytest.mark.parametrize("captures", [False, True])

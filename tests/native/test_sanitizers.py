@@ -1,4 +1,4 @@
-"""The native decode loop under the compilers' sanitizers."""
+"""The native decode loop and the copies to the device under the compilers' sanitizers."""
 
 from __future__ import annotations
 
@@ -6,18 +6,30 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.fake_copies import SOURCES as COPY_SOURCES
 from support.fake_device import PATIENCE, ROOT, SOURCES, compile_native
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_sanitizers_find_nothing(tmp_path: Path, sanitizer: str) -> None:
-    """Races, leaks and what is undefined, in runs that other threads stop, wake and close."""
-    driver = ROOT / "tests" / "native" / "sanitize.cpp"
+@pytest.mark.parametrize(
+    "driver, sources, output",
+    [
+        ("sanitize.cpp", SOURCES, "tokens: "),  # in runs that other threads stop, wake and close
+        ("sanitize_copies.cpp", COPY_SOURCES, "copied: "),
+    ],
+)
+def test_sanitizers_find_nothing(
+    tmp_path: Path, driver: str, sources: list[Path], output: str, sanitizer: str
+) -> None:
+    """Neither races nor leaks nor what is undefined."""
     program = compile_native(
-        tmp_path / "sanitize", [driver, *SOURCES], "-O1", f"-fsanitize={sanitizer}"
+        tmp_path / "sanitize",
+        [ROOT / "tests" / "native" / driver, *sources],
+        "-O1",
+        f"-fsanitize={sanitizer}",
     )
     run = subprocess.run([program], capture_output=True, text=True, timeout=PATIENCE * 4)
     if "unexpected memory mapping" in run.stderr:
         pytest.skip("ThreadSanitizer does not run under this kernel's address layout")
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.startswith("tokens: ")
+    assert run.stdout.startswith(output)
