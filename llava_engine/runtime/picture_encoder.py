@@ -68,10 +68,16 @@ class PictureEncoder:
         return torch.empty(shape, dtype=model.dtype, device=model.device)
 
     def _prepare(self, patches: torch.Tensor, pictures: list[DecodedPicture]) -> None:
-        """Upload the pictures and write the rows of their patches."""
+        """Upload the pictures and write the rows of their patches.
+
+        In one upload, since Python's lock is given up and asked for again with each; what pictures
+        have in common, as their levels, is uploaded once.
+        """
+        arrays = {id(array): array for picture in pictures for array in picture.arrays}
+        there = dict(zip(arrays, self._streams.upload(list(arrays.values())), strict=True))
         patch_size = self._model.config.vision.patch_size
         for rows, picture in zip(patches, pictures, strict=True):
-            preprocess(rows, picture, self._streams.upload(picture.arrays), patch_size)
+            preprocess(rows, picture, [there[id(array)] for array in picture.arrays], patch_size)
 
     def _replay(
         self, graphs: CapturedGraphs, out: torch.Tensor, pictures: list[DecodedPicture]
