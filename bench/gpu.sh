@@ -17,6 +17,9 @@ for part in $parts; do
   started=$SECONDS
   case $part in
     smoke)  # every kernel once; nothing else is worth starting where this fails
+      # Before 13 Pillow resampled tall pictures in another order, and the package asks for 13.
+      $python -c 'import sys, PIL; v = PIL.__version__; int(v.split(".")[0]) >= 13 or sys.exit(
+        f"Pillow {v} is too old, 13 is needed: {sys.executable} -m pip install .whl/pillow-*.whl")' || exit 1
       $python bench/sanitize.py || exit 1
       ;;
     tests)

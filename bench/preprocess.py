@@ -5,6 +5,7 @@ cache holds them; the filter's weights for that size are known. Medians, in mill
 
     ms          from the pixels in pageable memory to the end of the last kernel
     host_ms     of that, until the calls have returned
+    upload_ms   of that, until `upload` has, which copies the pixels to pinned memory
     pinned_ms   the same work from pinned memory that is there: the copy and the kernels, by events
     kernels_ms  the kernels alone, by events, back to back
     pillow_ms   the CPU path: Pillow's resize, crop, levels to float32
@@ -78,12 +79,15 @@ def measure(height: int, width: int, repeats: int) -> dict[str, object]:
     streams, turn = DeviceStreams(DEVICE), cycle(images)
     shape = (336 // PATCH) ** 2, patch_width(PATCH)
     rows = torch.full(shape, torch.nan, dtype=torch.float16, device=DEVICE)
-    host = []
+    host, uploads = [], []
 
     def prepare() -> DecodedPicture:
         started = time.perf_counter()
         decoded = decoded_picture(next(turn), PROCESSOR, resample=False)
-        write_rows(rows, decoded, streams.upload(decoded.arrays), PATCH)
+        begun = time.perf_counter()
+        arrays = streams.upload(decoded.arrays)
+        uploads.append(1e3 * (time.perf_counter() - begun))
+        write_rows(rows, decoded, arrays, PATCH)
         host.append(1e3 * (time.perf_counter() - started))
         torch.cuda.synchronize()
         return decoded
@@ -115,6 +119,7 @@ def measure(height: int, width: int, repeats: int) -> dict[str, object]:
         "uploaded_bytes": sum(array.nbytes for array in decoded.arrays),
         "ms": whole,
         "host_ms": statistics.median(host[4:]),
+        "upload_ms": statistics.median(uploads[4:]),
         "pinned_ms": copied,
         "kernels_ms": kernels,
         "pillow_ms": whole_cpu,
