@@ -16,7 +16,6 @@ namespace llava_engine {
 
 constexpr int kHalfRows = kTileRows / 2;
 constexpr int kCluster = 2;
-constexpr int kAheadColumns = 256;  // of the weight: so many are asked into L2 at once
 constexpr int kMatmulThreads = 3 * kWarpgroup;
 constexpr int kMultipliers = 2 * kWarpgroup;  // threads
 
@@ -27,8 +26,8 @@ struct MatmulMemory {
   // which come twice: a box has one size for both.
   static constexpr int kShare = ceil_div(kTokens, 16) * 8;
   static constexpr int kArrivingBytes = (kTileRows + kCluster * kShare) * kSwizzleBytes;
-  // Results pass through shared memory, half of the tokens at a time. 8 elements more keep the rows
-  // of a store apart.
+  // Results pass through the slot that was multiplied last, half of the tokens at a time. 8 elements
+  // more keep the rows of a store apart.
   static constexpr int kPassTokens = ceil_div(kTokens, 32) * 16;
   static constexpr int kPitch = kTileRows + 8;
   static constexpr int kPasses = ceil_div(kTokens, kPassTokens);
@@ -36,11 +35,10 @@ struct MatmulMemory {
   static constexpr int kVectors = kTileRows / kVector;
   static constexpr int kAtOnce = kMultipliers / kVectors;
   static constexpr int kTurns = kPassTokens / kAtOnce;  // of a pass
-  static constexpr int kPassBytes = kPassTokens * kPitch * 2;
-  static constexpr int kMost = (227 << 10) - kPassBytes - 256;
-  static constexpr int kStages = kMost / kStageBytes < 8 ? kMost / kStageBytes : 8;
-  static constexpr int kPass = kStages * kStageBytes;
-  static constexpr int kBarriers = kPass + kPassBytes;
+  static_assert(kPassTokens * kPitch * 2 <= kStageBytes);
+  static constexpr int kMost = (227 << 10) - 256;
+  static constexpr int kStages = kMost / kStageBytes;
+  static constexpr int kBarriers = kStages * kStageBytes;
   static constexpr int kBytes = kBarriers + 2 * kStages * 8;
 };
 
@@ -54,26 +52,16 @@ __device__ inline int weight_row(const Work<Out>& work, int tile, int half) {
   return tile * kTileRows + half * kHalfRows;
 }
 
-// One thread: asks for the tiles of one item after the other, as slots become free. The weights come
-// from memory and are late; so they are asked into L2 some depths before, in rows four times as long,
-// by the clusters that have the same weights and other tokens in turn.
+// One thread: asks for the tiles of one item after the other, as slots become free.
 template <typename In, int kTokens, typename Out>
 __device__ void fill_tiles(const CUtensorMap* x_map, const CUtensorMap* w_map,
-                           const CUtensorMap* ahead_map, const Work<Out>& work, char* ring,
-                           uint64_t* full, uint64_t* empty) {
+                           const Work<Out>& work, char* ring, uint64_t* full, uint64_t* empty) {
   using Memory = MatmulMemory<kTokens>;
-  constexpr int kDepth = kSwizzleBytes / sizeof(In), kGroup = kAheadColumns / kDepth;
-  constexpr int kAhead = 3;  // groups
+  constexpr int kDepth = kSwizzleBytes / sizeof(In);
   const int rank = cluster_rank(), items = work.tile_pairs * work.token_tiles;
-  const int depths = ceil_div(work.inputs, kDepth), groups = ceil_div(depths, kGroup);
+  const int depths = ceil_div(work.inputs, kDepth);
   const int clusters = gridDim.x / kCluster;
   const auto tile_of = [&](int item) { return item / work.token_tiles * kCluster + rank; };
-  const auto ask_ahead = [&](int item, int group) {
-    if (item >= items || group % work.token_tiles != item % work.token_tiles) return;
-    for (int half = 0; half < 2; ++half) {
-      tensor_prefetch(ahead_map, group * kAheadColumns, weight_row(work, tile_of(item), half));
-    }
-  };
   const auto ask_weights = [&](int item, int depth, int slot) {
     char* to = ring + slot * Memory::kStageBytes;
     barrier_expect(full + slot, Memory::kArrivingBytes);
@@ -85,7 +73,6 @@ __device__ void fill_tiles(const CUtensorMap* x_map, const CUtensorMap* w_map,
   // Weights do not depend on the kernel before: the ring is filled with them while that still runs.
   const int first = blockIdx.x / kCluster, early = min(depths, Memory::kStages);
   for (int depth = 0; depth < early; ++depth) ask_weights(first, depth, depth);
-  for (int group = 1; group < min(kAhead, groups); ++group) ask_ahead(first, group);
   wait_for_predecessor();
   Cursor at;
   bool first_round = true;
@@ -93,14 +80,6 @@ __device__ void fill_tiles(const CUtensorMap* x_map, const CUtensorMap* w_map,
     const int place = rank * (kTokens - Memory::kShare);
     const int token = item % work.token_tiles * kTokens + place;
     for (int depth = 0; depth < depths; ++depth) {
-      if (depth % kGroup == 0) {
-        const int group = depth / kGroup + kAhead;
-        if (group < groups) {
-          ask_ahead(item, group);
-        } else {
-          ask_ahead(item + clusters, group - groups);
-        }
-      }
       if (item != first || depth >= early) {
         if (!first_round) barrier_wait(empty + at.slot, at.phase ^ 1);
         ask_weights(item, depth, at.slot);
@@ -272,8 +251,9 @@ __device__ void finish_tile(const Work<Out>& work, int tile, int first_token,
 #pragma unroll
   for (int p = 0; p < Memory::kPasses; ++p) {
     const int start = p * Memory::kPassTokens;
-    const int there = min(Memory::kPassTokens, work.tokens - first_token - start);
-    multipliers_sync();  // the last pass has been read
+    const int there =
+        min(min(Memory::kPassTokens, kTokens - start), work.tokens - first_token - start);
+    multipliers_sync();  // what was in the slot has been read
 #pragma unroll
     for (int t = 0; t < Memory::kPassTokens; t += 16) {
       if (start + t < kTokens) {
@@ -312,7 +292,7 @@ __device__ void finish_tile(const Work<Out>& work, int tile, int first_token,
 template <typename In, typename Out, int kTokens>
 __global__ __launch_bounds__(kMatmulThreads, 1) void matmul_kernel(
     const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
-    const __grid_constant__ CUtensorMap ahead_map, const __grid_constant__ Work<Out> work) {
+    const __grid_constant__ Work<Out> work) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Memory = MatmulMemory<kTokens>;
   launch_dependents();
@@ -322,7 +302,6 @@ __global__ __launch_bounds__(kMatmulThreads, 1) void matmul_kernel(
   if (threadIdx.x == 0) {
     tensor_map_prefetch(&x_map);
     tensor_map_prefetch(&w_map);
-    tensor_map_prefetch(&ahead_map);
     for (int slot = 0; slot < Memory::kStages; ++slot) {
       barrier_init(full + slot, 1);
       barrier_init(empty + slot, kCluster * kMultipliers / kWarpgroup);
@@ -333,7 +312,7 @@ __global__ __launch_bounds__(kMatmulThreads, 1) void matmul_kernel(
   if (threadIdx.x < kWarpgroup) {
     registers_down<40>();
     if (threadIdx.x == 0) {
-      fill_tiles<In, kTokens>(&x_map, &w_map, &ahead_map, work, shared, full, empty);
+      fill_tiles<In, kTokens>(&x_map, &w_map, work, shared, full, empty);
     }
   } else {
     registers_up<232>();
@@ -367,9 +346,11 @@ __global__ __launch_bounds__(kMatmulThreads, 1) void matmul_kernel(
         at.advance(Memory::kStages);
       }
       products_wait<0>();
+      Out* pass = reinterpret_cast<Out*>(shared + before * Memory::kStageBytes);
+      finish_tile<kTokens>(work, tile, token, sums, residual, pass);
+      copies_fence();
+      multipliers_sync();
       release(before);
-      finish_tile<kTokens>(work, tile, token, sums, residual,
-                           reinterpret_cast<Out*>(shared + Memory::kPass));
     }
   }
   __syncwarp();

@@ -18,9 +18,9 @@ constexpr CUtensorMapDataType kMapType = std::is_same_v<In, __half> ? CU_TENSOR_
                                              : CU_TENSOR_MAP_DATA_TYPE_UINT8;
 
 template <typename In>
-CUtensorMap map_of(const Tensor& matrix, int box_rows, int box_columns = 0) {
+CUtensorMap map_of(const Tensor& matrix, int box_rows) {
   return matrix_map(matrix.data_ptr(), kMapType<In>, sizeof(In), matrix.size(0), matrix.size(1),
-                    matrix.stride(0) * sizeof(In), box_rows, box_columns);
+                    matrix.stride(0) * sizeof(In), box_rows);
 }
 
 template <typename In, typename Out, int kTokens>
@@ -34,8 +34,7 @@ void launch(const Tensor& x, const Tensor& weight, Work<Out> work, int clusters)
   work.token_tiles = ceil_div(work.tokens, kTokens);
   const int blocks = kCluster * std::min(clusters, work.tile_pairs * work.token_tiles);
   launch_clusters(kernel, kCluster, blocks, kMatmulThreads, Memory::kBytes, to.stream(),
-                  map_of<In>(x, Memory::kShare), map_of<In>(weight, kHalfRows),
-                  map_of<In>(weight, kHalfRows, kAheadColumns), work);
+                  map_of<In>(x, Memory::kShare), map_of<In>(weight, kHalfRows), work);
 }
 
 // f(width) for every width of a tile that there is a kernel for. Prompts with a picture of 576 tokens

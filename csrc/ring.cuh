@@ -95,6 +95,12 @@ __device__ inline uint64_t evict_first() {
   return policy;
 }
 
+// Before a copy may write what ordinary loads and stores have used: by the threads that have, before
+// they tell the copier.
+__device__ inline void copies_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Addresses and bytes are multiples of 16.
 __device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
                                  uint64_t policy) {

@@ -26,19 +26,16 @@ Encode encoder() {
 }  // namespace
 
 CUtensorMap matrix_map(const void* matrix, CUtensorMapDataType type, int element_bytes,
-                       int64_t rows, int64_t columns, int64_t row_stride, int box_rows,
-                       int box_columns) {
+                       int64_t rows, int64_t columns, int64_t row_stride, int box_rows) {
   CUtensorMap map;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_stride)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(
-                                box_columns > 0 ? box_columns : kSwizzleBytes / element_bytes),
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(kSwizzleBytes / element_bytes),
                             static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[] = {1, 1};
   const CUresult error =
       encoder()(&map, type, 2, const_cast<void*>(matrix), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE,
-                box_columns > 0 ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(error == CUDA_SUCCESS, "a matrix of ", rows, " x ", columns,
                   " cannot be described to the tensor copies: CUDA error ", static_cast<int>(error));

@@ -75,13 +75,6 @@ __device__ inline void tensor_copy_to_all(void* to, const CUtensorMap* map, int 
       : "memory");
 }
 
-// Asks for a box into L2.
-__device__ inline void tensor_prefetch(const CUtensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column),
-               "r"(row)
-               : "memory");
-}
-
 __device__ inline void tensor_map_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -117,9 +110,7 @@ __device__ inline void cluster_sync() {
 
 // How boxes of box_rows x 128 bytes are copied from a matrix of rows x columns, row_stride bytes
 // apart (a multiple of 16), into swizzled tiles. type: CU_TENSOR_MAP_DATA_TYPE_FLOAT16, ...
-// box_columns: other boxes, of so many columns, which are not swizzled.
 CUtensorMap matrix_map(const void* matrix, CUtensorMapDataType type, int element_bytes,
-                       int64_t rows, int64_t columns, int64_t row_stride, int box_rows,
-                       int box_columns = 0);
+                       int64_t rows, int64_t columns, int64_t row_stride, int box_rows);
 
 }  // namespace llava_engine
