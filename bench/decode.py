@@ -3,7 +3,8 @@
 One picture and 25 text tokens, 128 new tokens each, from submission to the chunks of a ChunkStream:
 one request after the other, the same beside two Python threads that compute, and 64 at once. The
 engine's times are those at which its native loop saw the tokens; the reader's are those at which a
-Python thread had the chunk in its hands.
+Python thread had the chunk in its hands. Then the first token alone: from pixels in memory, of a
+picture seen before, from a JPEG's bytes, and from pixels with prefill="fp8".
 
     python bench/decode.py [--kernels auto|reference] [--prefill-chunk N] [--at-once N ...]
                            [--json PATH]
@@ -12,22 +13,26 @@ Python thread had the chunk in its hands.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import io
 import json
 import os
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from bench.decode_step import DEVICE, READ_BYTES_PER_S, floor_ms, make_model
 from llava_engine import EngineConfig, SamplingParams
 from llava_engine.image.load import LoadedImage
+from llava_engine.image.picture_cache import PictureCache, PreparedPicture
 from llava_engine.image.preprocess import ImageProcessorConfig, decoded_picture
 from llava_engine.kernels.library import require_kernels
 from llava_engine.runtime.decode_loop import TokenEvent
@@ -67,19 +72,24 @@ class Bench:
         self.runtime.add_worker("one", 30 << 30)
         self._number = 0
 
-    def submit(self) -> ChunkStream:
-        """A request with a picture that no other has."""
+    def picture(self) -> PreparedPicture:
+        """A picture of 336 x 336 that no other request has, decoded in host memory."""
         self._number += 1
-        key, length = self._number.to_bytes(16, "big"), self.image_tokens
         generator = np.random.default_rng(self._number)
         pixels = generator.integers(0, 256, (336, 336, 3), dtype=np.uint8)
-        ids = [1, *placeholder_ids(key, length), *range(100, 125)]
+        key = self._number.to_bytes(16, "big")
+        decoded = decoded_picture(LoadedImage(pixels, key, 1), PROCESSOR, resample=False)
+        return PreparedPicture(key, decoded)
+
+    def submit(self, prepared: PreparedPicture, question: int = 100) -> ChunkStream:
+        """A request about a picture; questions of different numbers have other tokens."""
+        key, length = prepared.key, self.image_tokens
+        ids = [1, *placeholder_ids(key, length), *range(question, question + 25)]
         channel = Channel()
         channel.bind(Words(), len(ids), length)
         channel.on_abort(self.runtime.wake)
         sampling = SamplingParams(ignore_eos=True)
-        decoded = decoded_picture(LoadedImage(pixels, key, 1), PROCESSOR, resample=False)
-        picture = Picture(key, 1, length, decoded)
+        picture = Picture(key, 1, length, prepared.pixels)
         self.runtime.submit(
             Sequence(ids, (picture,), sampling, NEW_TOKENS, frozenset({2}), channel, seed=0)
         )
@@ -90,8 +100,9 @@ class Bench:
         first, engine, reader = [], [], []
         for _ in range(count):
             self.seen.clear()
+            picture = self.picture()
             start = time.perf_counter()
-            times = [time.perf_counter() for _ in self.submit()]
+            times = [time.perf_counter() for _ in self.submit(picture)]
             first.append(1e3 * (times[0] - start))
             reader += [1e3 * (b - a) for a, b in zip(times, times[1:], strict=False)]
             stamps = [event.time_ns for event in self.seen]
@@ -106,16 +117,56 @@ class Bench:
             "reader_token_ms_p99": percentile(reader, 0.99),
         }
 
+    def first_token_ms(self, prepare: Callable[[int], PreparedPicture], question: int) -> float:
+        """The median from a picture, which `prepare` makes inside that time, to the first chunk."""
+        times = []
+        for turn in range(2 + REQUESTS):
+            start = time.perf_counter()
+            stream = self.submit(prepare(turn), question + turn)
+            next(stream)
+            times.append(1e3 * (time.perf_counter() - start))
+            stream.close()
+        return statistics.median(times[2:])
+
+    def first_tokens(self) -> dict[str, float]:
+        """Of pixels in memory, of a seen picture with a new question, of a JPEG's bytes."""
+        fresh = [self.picture() for _ in range(2 + REQUESTS)]
+        files = [jpeg(turn) for turn in range(2 + REQUESTS)]
+        cache = PictureCache(
+            PROCESSOR, max_bytes=1 << 30, max_pixels=1 << 30, capacity=0, resample=False
+        )
+        seen = fresh[0]
+        return {
+            "first_token_pixels_ms": self.first_token_ms(fresh.__getitem__, 100),
+            "first_token_seen_ms": self.first_token_ms(lambda _: seen, 200),
+            "first_token_jpeg_ms": self.first_token_ms(
+                lambda turn: cache.prepare(files[turn]), 100
+            ),
+        }
+
     def at_once(self, count: int) -> float:
         """Tokens per second of `count` requests, from the first submission to the last chunk."""
+        pictures = [self.picture() for _ in range(count)]
         start = time.perf_counter()
-        streams = [self.submit() for _ in range(count)]
+        streams = [self.submit(picture) for picture in pictures]
         threads = [threading.Thread(target=stream.text) for stream in streams]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         return count * NEW_TOKENS / (time.perf_counter() - start)
+
+
+def jpeg(seed: int) -> bytes:
+    """A photograph's like, 1920 x 1080: noise of many scales, at quality 90."""
+    generator = np.random.default_rng(seed)
+    total = np.zeros((1080, 1920, 3), np.float32)
+    for step in (4, 16, 64, 256):
+        coarse = generator.integers(0, 64, (1080 // step + 2, 1920 // step + 2, 3), dtype=np.uint8)
+        total += Image.fromarray(coarse).resize((1920, 1080), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    Image.fromarray(total.clip(0, 255).astype(np.uint8)).save(buffer, "jpeg", quality=90)
+    return buffer.getvalue()
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -170,7 +221,17 @@ def main() -> None:
         f"tokens_per_s_{count}": statistics.median(bench.at_once(count) for _ in range(3))
         for count in arguments.at_once
     }
+    firsts = bench.first_tokens()
+    print(firsts, flush=True)
+    floor = bench.floor_ms
     bench.runtime.close()
+    del bench
+    if arguments.kernels == "auto":
+        with tempfile.TemporaryDirectory() as directory:
+            bench = Bench(Path(directory), dataclasses.replace(config, prefill="fp8"))
+        pictures = [bench.picture() for _ in range(2 + REQUESTS)]
+        firsts["first_token_pixels_fp8_ms"] = bench.first_token_ms(pictures.__getitem__, 100)
+        bench.runtime.close()
     record = {
         "commit": os.environ.get("COMMIT", "unknown"),
         "device": torch.cuda.get_device_name(),
@@ -178,9 +239,10 @@ def main() -> None:
         "kernels": arguments.kernels,
         "prefill_chunk": arguments.prefill_chunk,
         **idle,
-        "floor_ms": bench.floor_ms,
+        **firsts,
+        "floor_ms": floor,
         "read_bytes_per_s": READ_BYTES_PER_S,
-        "of_floor": bench.floor_ms / idle["token_ms"],
+        "of_floor": floor / idle["token_ms"],
         "beside_two_computing_threads": busy,
         "p99_busy_over_idle": busy["token_ms_p99"] / idle["token_ms_p99"],
         **together,

@@ -57,7 +57,7 @@ EOF
       $python bench/preprocess.py --json "$out/preprocess.json" || failed=1
       ;;
     fp8)  # what prefill in fp8 costs in accuracy: not in the default parts either
-      $python bench/fp8.py --json "$out/fp8.json" || failed=1
+      $python bench/fp8.py --scenes 0 --json "$out/fp8.json" || failed=1
       ;;
     load)  # writes a checkpoint of 14 GB to a temporary folder first: not in the default parts
       $python bench/load.py 14 --json "$out/load.json" || failed=1
