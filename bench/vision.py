@@ -4,12 +4,13 @@ Each is replayed as a CUDA graph, the median of the replays: the tower from the 
 the features of its last layer but one, for 1, 2, 4 and 8 pictures, beside transformers' eager one;
 the projector beside the same two products and GELU by plain torch. Variants of the tower:
 
-    ms              as the engine runs it
-    chained_ms      kernels may start before their predecessors end
-    torch_ms        all products by torch; activations and residuals are kernels of their own
-    matmul_ms       all products by kernels.matmul, however few their results
+    ms                  as the engine runs it
+    chained_ms          kernels may start before their predecessors end
+    torch_ms            the products by torch alone, the activation a kernel of its own
+    with_projector_ms   from the patches to the decoder's rows
 
-"products" times each product with what follows it, both ways, over the weights of all layers.
+"activated product us" times a layer's fc1 and quick-GELU, which are one kernel where the engine has
+its own product, over the weights of all layers.
 
     python bench/vision.py [--json PATH] [--pictures 1 2 ...]
 """
@@ -93,10 +94,6 @@ def by_torch() -> mock._patch[object]:
     return mock.patch.object(matmul, "takes", lambda x, weight: False)
 
 
-def by_matmul() -> mock._patch[object]:
-    return mock.patch.object(clip, "_LEAST_RESULTS", 0)
-
-
 def tower(model: LlavaModel, pictures: int) -> dict[str, float]:
     patches = random_patches(model, pictures)
 
@@ -107,64 +104,42 @@ def tower(model: LlavaModel, pictures: int) -> dict[str, float]:
     results["chained_ms"] = replay_ms(features, True)
     with by_torch():
         results["torch_ms"] = replay_ms(features, False)
-        results["torch_chained_ms"] = replay_ms(features, True)
-    with by_matmul():
-        results["matmul_ms"] = replay_ms(features, False)
-        results["matmul_chained_ms"] = replay_ms(features, True)
     results["with_projector_ms"] = replay_ms(lambda: model.encode_images(patches), False)
     return results
 
 
-def eager_ms(model: LlavaModel, pictures: int) -> float:
-    """transformers' tower, which computes its last layer too."""
+def their_tower(model: LlavaModel) -> CLIPVisionModel:
+    """transformers' tower of the same shape, which computes its last layer too."""
     vision = model.config.vision
-    theirs = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size,
-            num_hidden_layers=vision.num_layers,
-            num_attention_heads=vision.num_heads,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-        )
+    config = CLIPVisionConfig(
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        num_hidden_layers=vision.num_layers,
+        num_attention_heads=vision.num_heads,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
     )
-    theirs = theirs.eval().to(DEVICE, torch.float16)
-    side = vision.image_size
+    with DEVICE:  # on the CPU its random weights take seconds
+        return CLIPVisionModel(config).eval().to(torch.float16)
+
+
+def eager_ms(theirs: CLIPVisionModel, pictures: int) -> float:
+    side = theirs.config.image_size
     pixels = torch.randn(pictures, 3, side, side, device=DEVICE, dtype=torch.float16)
     return median_ms(lambda: theirs(pixels, output_hidden_states=True))
 
 
-def products(model: LlavaModel, pictures: int) -> dict[str, dict[str, float]]:
-    """Microseconds of each product of a layer, the median over the layers' weights."""
-    layers = model._tower._layers
-    vision = model.config.vision
-    rows, hidden = pictures * (vision.num_patches + 1), vision.hidden_size
-    x = torch.randn(rows, hidden, device=DEVICE, dtype=torch.float16)
-    wide = torch.randn(rows, vision.intermediate_size, device=DEVICE, dtype=torch.float16)
-    residual, normed = torch.randn_like(x), torch.empty_like(x)
-
-    def added(name: str, given: torch.Tensor) -> list[Call]:
-        def call(layer: clip._Layer) -> None:
-            pending = clip._added(residual, getattr(layer, name), given)
-            layer._norm2(normed, residual, pending)
-
-        return [lambda layer=layer: call(layer) for layer in layers]
-
-    calls: dict[str, list[Call]] = {
-        "qkv": [lambda layer=layer: clip._product(layer._qkv, x) for layer in layers],
-        "out, add, norm": added("_out", x),
-        "fc1, quick_gelu": [
-            lambda layer=layer: clip._product(layer._fc1, x, "quick_gelu") for layer in layers
-        ],
-        "fc2, add, norm": added("_fc2", wide),
-    }
-    ways = {"torch": by_torch, "matmul": by_matmul}
-    results = {}
-    for name, made in calls.items():
-        results[name] = {}
-        for way, patched in ways.items():
-            with patched():
-                results[name][way] = round(replay_us(made), 2)
+def activated_product(model: LlavaModel, pictures: int) -> dict[str, float]:
+    """Microseconds of a layer's first product of its MLP with the activation."""
+    vision, layers = model.config.vision, model._tower._layers
+    rows = pictures * (vision.num_patches + 1)
+    x = torch.randn(rows, vision.hidden_size, device=DEVICE, dtype=torch.float16)
+    calls: list[Call] = [
+        lambda layer=layer: clip._activated(layer._fc1, x, vision.hidden_act) for layer in layers
+    ]
+    results = {"matmul": round(replay_us(calls), 2)}
+    with by_torch():
+        results["torch"] = round(replay_us(calls), 2)
     return results
 
 
@@ -236,6 +211,7 @@ def main() -> None:
     arguments = parser.parse_args()
     require_kernels(DEVICE)
     model = make_model()
+    theirs = their_tower(model)
     record: dict[str, object] = {
         "commit": os.environ.get("COMMIT", "unknown"),
         "device": torch.cuda.get_device_name(),
@@ -251,9 +227,9 @@ def main() -> None:
     for pictures in arguments.pictures:
         keep(f"tower {pictures}", tower(model, pictures))
         keep(f"projector {pictures}", projector(model, pictures))
-        keep(f"products us {pictures}", products(model, pictures))
+        keep(f"activated product us {pictures}", activated_product(model, pictures))
         keep(f"attention us {pictures}", attention(model, pictures))
-        keep(f"transformers eager ms {pictures}", eager_ms(model, pictures))
+        keep(f"transformers eager ms {pictures}", eager_ms(theirs, pictures))
     keep("graph pool MB", graph_mb(model, arguments.pictures))
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -14,8 +14,9 @@ using torch::headeronly::ScalarType;
 using Scales = std::optional<Tensor>;
 
 constexpr int64_t kHeadDim = 128;  // which matmul_rope_append takes
-// Rows from which the products of many rows are ours: fewer do not fill their tiles.
-constexpr int64_t kManyRows = 128;
+// Rows from which products are ours (bench/NOTES.md): in float8; in 16 bits that of gate and up,
+// whose SiLU then costs nothing; and the others, too. Below, cuBLAS is as fast or faster.
+constexpr int64_t kFp8Rows = 128, kGateUpRows = 512, kManyRows = 960;
 
 // A layer's tensors, in the order of kernels/decoder.py.
 struct Layer {
@@ -64,15 +65,17 @@ void decoder_layers(Tensor out, Tensor residual, std::vector<Tensor> k_caches,
   const int64_t wide = weights[Layer::kDown].size(1);
 
   Tensor x = empty(residual, {rows, hidden});
-  const bool ours = rows >= kManyRows && dim == kHeadDim && matmul_takes(x, weights[Layer::kQkv]);
-  const bool in_fp8 = ours && !fp8.empty();
+  const bool takes = dim == kHeadDim && matmul_takes(x, weights[Layer::kQkv]);
+  const bool in_fp8 = takes && !fp8.empty() && rows >= kFp8Rows;
+  const bool ours = in_fp8 || (takes && rows >= kManyRows);
+  const bool gate_up_ours = ours || (takes && rows >= kGateUpRows);
   Tensor attended = empty(residual, {rows, q_heads, dim});
   Tensor attended_rows = torch::stable::view(attended, {rows, q_heads * dim});
   Tensor activated = empty(residual, {rows, wide});
   // With our products queries alone, and nothing that is to be added later.
   Tensor qkv = empty(residual, {rows, ours ? q_heads : q_heads + 2 * kv_heads, dim});
   Tensor q = torch::stable::narrow(qkv, 1, 0, q_heads);
-  Tensor gate_up = empty(residual, {ours ? 0 : rows, 2 * wide});
+  Tensor gate_up = empty(residual, {gate_up_ours ? 0 : rows, 2 * wide});
   Tensor pending = empty(residual, {ours ? 0 : rows, hidden});
   bool is_pending = false;
   Rows normal{x, {}}, heads{attended_rows, {}}, active{activated, {}};
@@ -127,7 +130,7 @@ void decoder_layers(Tensor out, Tensor residual, std::vector<Tensor> k_caches,
     add_product(attended_rows, heads, weight_of(Layer::kOut, Layer::kOutProduct),
                 scales_of(Layer::kOutProduct));
     normalise(part[Layer::kPostNorm]);
-    if (ours) {
+    if (gate_up_ours) {
       matmul_silu_mul(activated, normal.values, weight_of(Layer::kGateUp, Layer::kGateUpProduct),
                       normal.scales, scales_of(Layer::kGateUpProduct));
     } else {

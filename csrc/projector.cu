@@ -1,10 +1,11 @@
-// The projector: two products through cuBLAS, the second straight into the rows that the caller
-// gives, and the exact GELU between them. cuBLASLt's own GELU epilogue is the tanh form, so it
-// cannot serve; the bias is in the products' epilogues.
+// The projector: two products and the exact GELU between them, the second product through cuBLAS
+// straight into the rows that the caller gives. cuBLASLt's own GELU epilogue is the tanh form, so
+// the first product is our own where it takes the matrices; elsewhere it is cuBLAS's, too, and the
+// GELU a kernel between them. The bias is in the products' epilogues.
 //
-// The class tokens between the pictures' patches are dropped by addressing: the first product takes
-// all rows from the first picture's first patch to the last one's last, and the GELU, which has to
-// read and write every row anyway, leaves the few between pictures out.
+// The class tokens between the pictures' patches are dropped by addressing. Our product goes
+// picture by picture. cuBLAS takes all rows from the first picture's first patch to the last one's
+// last, and the GELU, which has to read and write every row anyway, leaves out the few between.
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
@@ -55,15 +56,18 @@ int64_t picture_rows(const Tensor& tensor, const char* name) {
   return tensor.stride(0) / columns;
 }
 
+// The second product has nothing to be fused with but the bias, and there cuBLAS is the faster.
 void project_by_matmul(const Tensor& out, const Tensor& features, const Tensor& w1,
                        const std::optional<Tensor>& b1, const Tensor& w2,
                        const std::optional<Tensor>& b2) {
-  constexpr int64_t kNoActivation = 0, kGelu = 1;  // kernels/matmul.py
-  Tensor middle = torch::stable::new_empty(features, {features.size(1), w1.size(0)});
-  for (int64_t picture = 0; picture < features.size(0); ++picture) {
-    matmul_store(middle, torch::stable::select(features, 0, picture), w1, b1, kGelu);
-    matmul_store(torch::stable::select(out, 0, picture), middle, w2, b2, kNoActivation);
+  constexpr int64_t kGelu = 1;  // kernels/matmul.py
+  const int64_t pictures = features.size(0), patches = features.size(1), hidden = w1.size(0);
+  Tensor middle = torch::stable::new_empty(features, {pictures * patches, hidden});
+  for (int64_t picture = 0; picture < pictures; ++picture) {
+    matmul_store(torch::stable::narrow(middle, 0, picture * patches, patches),
+                 torch::stable::select(features, 0, picture), w1, b1, kGelu);
   }
+  linear_out(rows_of(out, pictures * patches, out.size(2)), middle, w2, b2);
 }
 
 void project_by_cublas(const Tensor& out, const Tensor& features, const Tensor& w1,
@@ -99,11 +103,11 @@ void project(Tensor out, Tensor features, Tensor w1, std::optional<Tensor> b1, T
              std::optional<Tensor> b2) {
   STD_TORCH_CHECK(features.dim() == 3 && out.dim() == 3 && w1.dim() == 2,
                   "features must be [n, patches, in], out [n, patches, hidden], w1 a matrix");
+  STD_TORCH_CHECK(out.size(0) == features.size(0) && out.size(1) == features.size(1),
+                  "out must have as many pictures and patches as features");
   check_dense(out, "out");
   if (features.size(0) * features.size(1) == 0) return;
-  const Tensor picture = torch::stable::select(features, 0, 0),
-               row = torch::stable::select(out, 0, 0);
-  if (matmul_takes(picture, w1) && matmul_takes(row, w2)) {
+  if (matmul_takes(torch::stable::select(features, 0, 0), w1)) {
     project_by_matmul(out, features, w1, b1, w2, b2);
   } else {
     project_by_cublas(out, features, w1, b1, w2, b2);

@@ -19,7 +19,6 @@ from llava_engine.network.config import VisionConfig
 from llava_engine.network.layers import ACTIVATIONS, LayerNorm, Linear, Placement, Slot
 
 PREFIX = "vision_tower.vision_model"
-_LEAST_RESULTS = 1 << 20
 
 
 def patch_width(patch_size: int) -> int:
@@ -61,7 +60,7 @@ class VisionTower:
     def __call__(self, patches: torch.Tensor) -> torch.Tensor:
         """Rows of patch_rows [n, patches, width] to [n, 1 + patches, hidden * feature layers]."""
         n, hidden = len(patches), len(self._class_embedding)
-        embedded = _product(self._patches, patches.flatten(0, 1)).view(n, -1, hidden)
+        embedded = self._patches(patches)
         states = patches.new_empty(n, len(self._position_embedding), hidden)
         norm = self._pre_norm
         embed_norm(
@@ -110,18 +109,17 @@ class _Layer:
 
     def __call__(
         self, residual: torch.Tensor, pending: torch.Tensor | None, x: torch.Tensor, n: int
-    ) -> torch.Tensor | None:
+    ) -> torch.Tensor:
         """Hidden states of n pictures to the next ones, as residual + pending; returns the latter.
 
-        residual: [n * tokens, hidden], written. pending: its like, or None for nothing; so that it
-        can be added where the next norm reads them. x: their like, for what comes between.
+        The next norm adds the two where it reads them. residual: [n * tokens, hidden], written.
+        pending: its like, None before the first layer. x: their like, for what comes between.
         """
         self._norm1(x, residual, pending)
-        qkv = _product(self._qkv, x).view(n, len(x) // n, 3, self._num_heads, -1)
+        qkv = self._qkv(x).view(n, len(x) // n, 3, self._num_heads, -1)
         attended = dense_attention(*qkv.permute(2, 0, 3, 1, 4).unbind())
-        pending = _added(residual, self._out, attended.transpose(1, 2).reshape(x.shape))
-        self._norm2(x, residual, pending)
-        return _added(residual, self._fc2, _product(self._fc1, x, self._hidden_act))
+        self._norm2(x, residual, self._out(attended.transpose(1, 2).reshape(x.shape)))
+        return self._fc2(_activated(self._fc1, x, self._hidden_act))
 
     def slots(self, prefix: str) -> Iterator[Slot]:
         hidden, wide = self._out.weight.shape[0], self._fc1.weight.shape[0]
@@ -134,14 +132,13 @@ class _Layer:
         yield from self._fc2.slots({f"{prefix}.mlp.fc2": hidden})
 
 
-def _worth_it(x: torch.Tensor, layer: Linear) -> bool:
-    """Whether kernels.matmul is the better one: with fewer results its tiles leave SMs idle."""
-    return len(x) * len(layer.weight) >= _LEAST_RESULTS and matmul.takes(x, layer.weight)
+def _activated(layer: Linear, x: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(layer(x)), x being a matrix.
 
-
-def _product(layer: Linear, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
-    """activation(layer(x)), x being a matrix."""
-    if activation in matmul.ACTIVATIONS and _worth_it(x, layer):
+    By our own product where that has the activation: a product alone is cuBLAS's, which is faster
+    (bench/vision.py).
+    """
+    if activation in matmul.ACTIVATIONS and matmul.takes(x, layer.weight):
         y = x.new_empty(len(x), len(layer.weight))
         matmul.matmul_store(y, x, layer.weight, layer.bias, activation)
         return y
@@ -149,12 +146,4 @@ def _product(layer: Linear, x: torch.Tensor, activation: str | None = None) -> t
     if activation == "quick_gelu":
         quick_gelu(y, y)
         return y
-    return y if activation is None else ACTIVATIONS[activation](y)
-
-
-def _added(residual: torch.Tensor, layer: Linear, x: torch.Tensor) -> torch.Tensor | None:
-    """Add layer(x) to residual, or return it where the next norm had better do that."""
-    if not _worth_it(x, layer):
-        return layer(x)
-    matmul.matmul_add(residual, x, layer.weight, layer.bias)
-    return None
+    return ACTIVATIONS[activation](y)
