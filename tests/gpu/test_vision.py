@@ -198,6 +198,20 @@ def test_project(
     assert rows[0].isnan().all() and rows[-1].isnan().all(), "rows that are another's"
 
 
+@pytest.mark.parametrize("inputs", [8, 9], ids=["ours", "cublas"])
+@pytest.mark.parametrize("room", [(2, 5), (3, 4), (4, 5)], ids=str)
+def test_projector_refuses_an_out_of_other_rows(
+    room: tuple[int, int], inputs: int, generator: torch.Generator
+) -> None:
+    features = normal(generator, 3, 5, inputs, dtype=torch.float16)
+    w1 = normal(generator, 16, inputs, dtype=torch.float16)
+    w2 = normal(generator, 16, 16, dtype=torch.float16)
+    out = blank(*room, 16, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match="as many pictures and patches"):
+        project(out, features, w1, None, w2, None)
+    assert out.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_tower_and_projector_against_transformers(
