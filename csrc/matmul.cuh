@@ -65,10 +65,7 @@ __device__ void fill_tiles(const CUtensorMap* x_map, const CUtensorMap* w_map,
   const auto ask_weights = [&](int item, int depth, int slot) {
     char* to = ring + slot * Memory::kStageBytes;
     barrier_expect(full + slot, Memory::kArrivingBytes);
-    for (int half = 0; half < 2; ++half) {
-      tensor_copy(to + half * kHalfRows * kSwizzleBytes, w_map, depth * kDepth,
-                  weight_row(work, tile_of(item), half), full + slot);
-    }
+    tensor_copy_parts(to, w_map, depth * kDepth, weight_row(work, tile_of(item), 0), full + slot);
   };
   // Weights do not depend on the kernel before: the ring is filled with them while that still runs.
   const int first = blockIdx.x / kCluster, early = min(depths, Memory::kStages);
@@ -316,7 +313,9 @@ __global__ __launch_bounds__(kMatmulThreads, 1) void matmul_kernel(
     }
   } else {
     registers_up<232>();
-    const int half = threadIdx.x / kWarpgroup - 1, member = threadIdx.x % kWarpgroup;
+    // The same in all lanes, and known to be: what a product is told must be in uniform registers.
+    const int half = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0) - 1;
+    const int member = threadIdx.x % kWarpgroup;
     const auto release = [&](int slot) {
       if (member < kCluster) barrier_arrive_at(empty + slot, member);
     };

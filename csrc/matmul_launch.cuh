@@ -18,9 +18,17 @@ constexpr CUtensorMapDataType kMapType = std::is_same_v<In, __half> ? CU_TENSOR_
                                              : CU_TENSOR_MAP_DATA_TYPE_UINT8;
 
 template <typename In>
-CUtensorMap map_of(const Tensor& matrix, int box_rows) {
-  return matrix_map(matrix.data_ptr(), kMapType<In>, sizeof(In), matrix.size(0), matrix.size(1),
-                    matrix.stride(0) * sizeof(In), box_rows);
+CUtensorMap rows_map(const Tensor& x, int box_rows) {
+  return matrix_map(x.data_ptr(), kMapType<In>, sizeof(In), x.size(0), x.size(1),
+                    x.stride(0) * sizeof(In), box_rows);
+}
+
+// A tile of the weight at a time: neighbouring rows, or as many of the gate's as of up's.
+template <typename In>
+CUtensorMap weight_map(const Tensor& weight, Result result) {
+  const int parts = result == Result::kSiluMul ? 2 : 1;
+  return parts_map(weight.data_ptr(), kMapType<In>, sizeof(In), parts, weight.size(0) / parts,
+                   weight.size(1), weight.stride(0) * sizeof(In), kTileRows / parts);
 }
 
 template <typename In, typename Out, int kTokens>
@@ -34,7 +42,7 @@ void launch(const Tensor& x, const Tensor& weight, Work<Out> work, int clusters)
   work.token_tiles = ceil_div(work.tokens, kTokens);
   const int blocks = kCluster * std::min(clusters, work.tile_pairs * work.token_tiles);
   launch_clusters(kernel, kCluster, blocks, kMatmulThreads, Memory::kBytes, to.stream(),
-                  map_of<In>(x, Memory::kShare), map_of<In>(weight, kHalfRows), work);
+                  rows_map<In>(x, Memory::kShare), weight_map<In>(weight, work.result), work);
 }
 
 // f(width) for every width of a tile that there is a kernel for. Prompts with a picture of 576 tokens

@@ -64,7 +64,17 @@ __device__ inline void tensor_copy(void* to, const CUtensorMap* map, int column,
       : "memory");
 }
 
-// The same into every block of the cluster that `mask` names, at the same place, each counting the
+// The same of a matrix in parts (see parts_map), of all parts.
+__device__ inline void tensor_copy_parts(void* to, const CUtensorMap* map, int column, int row,
+                                         uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(to)),
+      "l"(map), "r"(column), "r"(row), "r"(0), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// tensor_copy into every block of the cluster that `mask` names, at the same place, each counting the
 // bytes on its own barrier.
 __device__ inline void tensor_copy_to_all(void* to, const CUtensorMap* map, int column, int row,
                                           uint64_t* barrier, uint16_t mask) {
@@ -112,5 +122,10 @@ __device__ inline void cluster_sync() {
 // apart (a multiple of 16), into swizzled tiles. type: CU_TENSOR_MAP_DATA_TYPE_FLOAT16, ...
 CUtensorMap matrix_map(const void* matrix, CUtensorMapDataType type, int element_bytes,
                        int64_t rows, int64_t columns, int64_t row_stride, int box_rows);
+
+// The same of a matrix of so many parts of `rows` rows, one below the other: a box has box_rows of each
+// part, part after part.
+CUtensorMap parts_map(const void* matrix, CUtensorMapDataType type, int element_bytes, int parts,
+                      int64_t rows, int64_t columns, int64_t row_stride, int box_rows);
 
 }  // namespace llava_engine
