@@ -2,7 +2,7 @@
 # On a GPU machine, from a checkout with llava_engine/_kernels.so in it (python setup.py build_csrc):
 # the GPU tests, the kernels' benchmark and compute-sanitizer. Results go to a folder.
 #
-#     bench/gpu.sh [FOLDER]     PYTHON and COMMIT may be set; parts: PARTS="smoke tests bench step decode sanitize" (vision preprocess load cold fp8)
+#     bench/gpu.sh [FOLDER]     PYTHON and COMMIT may be set; parts: PARTS="smoke tests bench step decode sanitize" (vision matmul preprocess load cold fp8)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-bench/results}}
@@ -52,6 +52,9 @@ EOF
       ;;
     vision)
       $python bench/vision.py --json "$out/vision.json" || failed=1
+      ;;
+    matmul)
+      $python bench/matmul.py --json "$out/matmul.json" || failed=1
       ;;
     preprocess)
       $python bench/preprocess.py --json "$out/preprocess.json" || failed=1
