@@ -1,9 +1,9 @@
 """What do a layer's products of many rows take, ours against cuBLAS's, each with what follows it?
 
 LLaVA-1.5-7B's decoder in fp16, by the rows of a step. QKV with RoPE and the cache, O and down with
-the residual and the next norm, gate and up with SiLU: ours in one kernel (and a norm), cuBLAS's with
-the kernels that the engine has for the rest. Then all four, layer after layer, as a chain, and ours
-in float8 without the quantising. Times are replays of CUDA graphs over the weights of eight layers.
+the residual and the next norm, gate and up with SiLU: ours in one kernel (and a norm), cuBLAS's
+with the kernels that the engine has for the rest. Then all four, layer after layer, as a chain, and
+ours in float8 without the quantising. Replays of CUDA graphs over the weights of eight layers.
 
     python bench/matmul.py [--rows 602 1024 ...] [--json PATH]
 """
