@@ -74,7 +74,8 @@ EOF
     sanitize)
       compute-sanitizer --tool memcheck $python bench/sanitize.py > "$out/memcheck.log" 2>&1 ||
         failed=1
-      compute-sanitizer --tool racecheck $python bench/sanitize.py attention sampling linear step \
+      compute-sanitizer --tool racecheck $python bench/sanitize.py attention sampling linear matmul \
+        step \
         > "$out/racecheck.log" 2>&1 || failed=1
       grep -ahE 'SUMMARY|^ran|Error|error' "$out/memcheck.log" "$out/racecheck.log" | sort | uniq -c |
         head -20

@@ -1,7 +1,7 @@
 """Runs every CUDA kernel a few times at small sizes, for compute-sanitizer to watch.
 
 compute-sanitizer --tool memcheck python bench/sanitize.py
-compute-sanitizer --tool racecheck python bench/sanitize.py attention sampling linear step
+compute-sanitizer --tool racecheck python bench/sanitize.py attention sampling linear matmul step
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from llava_engine.kernels.linear import (
     norm_linear,
     norm_linear_silu_mul,
     norm_qkv_rope_append,
+)
+from llava_engine.kernels.matmul import (
+    HEAD_DIM,
+    matmul_add,
+    matmul_rope_append,
+    matmul_silu_mul,
+    matmul_store,
 )
 from llava_engine.kernels.norm import (
     add_layer_norm,
@@ -114,6 +121,28 @@ def pictures() -> None:
         write_patches(out, down, columns, COLUMNS, levels, 2, 9, 13, 3, 1)
 
 
+def matmuls() -> None:
+    heads, places = 2, torch.arange(330, device=GPU)
+    cos_sin = torch.ones(330, HEAD_DIM, device=GPU)
+    for dtype in TYPES[:2]:
+        for rows, inputs in ((130, 72), (150, 576), (330, 200)):  # tiles of three widths
+            x = torch.ones(rows, inputs, device=GPU, dtype=dtype)
+            weight = torch.ones(4 * HEAD_DIM, inputs, device=GPU, dtype=dtype)
+            values, scales = x.to(FP8), torch.ones(rows, device=GPU)
+            weight_scales = torch.ones(len(weight), device=GPU)
+            matmul_store(x.new_empty(rows, 512), x, weight, weight[:, 0].contiguous(), "gelu")
+            q, cache = x.new_empty(rows, heads, HEAD_DIM), x.new_zeros(6, 1, 64, HEAD_DIM)
+            args = cos_sin, places[:rows], places[:rows]
+            matmul_rope_append(q, cache, cache.clone(), x, weight, *args)
+            for given, w, of in (
+                (x, weight, (None, None)),
+                (values, weight.to(FP8), (scales, weight_scales)),
+            ):
+                if given.shape[1] % 16 == 0 or given is x:
+                    matmul_add(x.new_ones(rows, 512), given, w, None, *of)
+                    matmul_silu_mul(x.new_empty(rows, 256), given, w, *of)
+
+
 def projectors() -> None:
     for dtype in TYPES:
         x = torch.ones(3, 8, 24, device=GPU, dtype=dtype)[:, 1:]
@@ -181,6 +210,7 @@ GROUPS = {
     "activation": activations,
     "rope": ropes,
     "linear": linears,
+    "matmul": matmuls,
     "picture": pictures,
     "projector": projectors,
     "attention": attentions,
