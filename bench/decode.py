@@ -81,7 +81,9 @@ class Bench:
         decoded = decoded_picture(LoadedImage(pixels, key, 1), PROCESSOR, resample=False)
         return PreparedPicture(key, decoded)
 
-    def submit(self, prepared: PreparedPicture, question: int = 100) -> ChunkStream:
+    def submit(
+        self, prepared: PreparedPicture, question: int = 100, new_tokens: int = NEW_TOKENS
+    ) -> ChunkStream:
         """A request about a picture; questions of different numbers have other tokens."""
         key, length = prepared.key, self.image_tokens
         ids = [1, *placeholder_ids(key, length), *range(question, question + 25)]
@@ -91,7 +93,7 @@ class Bench:
         sampling = SamplingParams(ignore_eos=True)
         picture = Picture(key, 1, length, prepared.pixels)
         self.runtime.submit(
-            Sequence(ids, (picture,), sampling, NEW_TOKENS, frozenset({2}), channel, seed=0)
+            Sequence(ids, (picture,), sampling, new_tokens, frozenset({2}), channel, seed=0)
         )
         return ChunkStream(channel)
 
@@ -118,14 +120,17 @@ class Bench:
         }
 
     def first_token_ms(self, prepare: Callable[[int], PreparedPicture], question: int) -> float:
-        """The median from a picture, which `prepare` makes inside that time, to the first chunk."""
+        """The median from a picture, which `prepare` makes inside that time, to the first chunk.
+
+        It is the last one, too: what a cancelled request leaves in flight would count for the next.
+        """
         times = []
         for turn in range(2 + REQUESTS):
             start = time.perf_counter()
-            stream = self.submit(prepare(turn), question + turn)
+            stream = self.submit(prepare(turn), question + turn, new_tokens=1)
             next(stream)
             times.append(1e3 * (time.perf_counter() - start))
-            stream.close()
+            stream.text()
         return statistics.median(times[2:])
 
     def first_tokens(self) -> dict[str, float]:

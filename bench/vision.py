@@ -6,11 +6,10 @@ the projector beside the same two products and GELU by plain torch. Variants of 
 
     ms                  as the engine runs it
     chained_ms          kernels may start before their predecessors end
-    torch_ms            the products by torch alone, the activation a kernel of its own
     with_projector_ms   from the patches to the decoder's rows
 
-"activated product us" times a layer's fc1 and quick-GELU, which are one kernel where the engine has
-its own product, over the weights of all layers.
+"activated product us" times a layer's fc1 and quick-GELU over the weights of all layers: as the
+engine runs them, and by kernels.matmul, which has them in one kernel.
 
     python bench/vision.py [--json PATH] [--pictures 1 2 ...]
 """
@@ -25,7 +24,6 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +32,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from bench.decode_step import SHAPE
 from bench.kernels import replay_us
-from llava_engine.kernels import matmul
 from llava_engine.kernels.dense_attention import dense_attention
 from llava_engine.kernels.library import programmatic_launch, require_kernels
+from llava_engine.kernels.matmul import matmul_store
 from llava_engine.kernels.projector import project
 from llava_engine.network import clip
 from llava_engine.network.config import LlavaConfig
+from llava_engine.network.layers import Linear
 from llava_engine.network.llava import LlavaModel
 from llava_engine.network.weights import random_model
 from llava_engine.runtime.graph import CapturedGraphs
@@ -90,10 +89,6 @@ def median_ms(call: Call) -> float:
     return round(statistics.median(times[5:]), 4)
 
 
-def by_torch() -> mock._patch[object]:
-    return mock.patch.object(matmul, "takes", lambda x, weight: False)
-
-
 def tower(model: LlavaModel, pictures: int) -> dict[str, float]:
     patches = random_patches(model, pictures)
 
@@ -102,8 +97,6 @@ def tower(model: LlavaModel, pictures: int) -> dict[str, float]:
 
     results = {"pictures": pictures, "ms": replay_ms(features, False)}
     results["chained_ms"] = replay_ms(features, True)
-    with by_torch():
-        results["torch_ms"] = replay_ms(features, False)
     results["with_projector_ms"] = replay_ms(lambda: model.encode_images(patches), False)
     return results
 
@@ -130,17 +123,22 @@ def eager_ms(theirs: CLIPVisionModel, pictures: int) -> float:
 
 
 def activated_product(model: LlavaModel, pictures: int) -> dict[str, float]:
-    """Microseconds of a layer's first product of its MLP with the activation."""
+    """Microseconds of a layer's first product of its MLP with quick-GELU: the engine's, and by
+    kernels.matmul, which has the activation in it."""
     vision, layers = model.config.vision, model._tower._layers
     rows = pictures * (vision.num_patches + 1)
     x = torch.randn(rows, vision.hidden_size, device=DEVICE, dtype=torch.float16)
-    calls: list[Call] = [
-        lambda layer=layer: clip._activated(layer._fc1, x, vision.hidden_act) for layer in layers
-    ]
-    results = {"matmul": round(replay_us(calls), 2)}
-    with by_torch():
-        results["torch"] = round(replay_us(calls), 2)
-    return results
+    out = x.new_empty(rows, vision.intermediate_size)
+
+    def by_matmul(layer: Linear) -> None:
+        matmul_store(out, x, layer.weight, layer.bias, vision.hidden_act)
+
+    products = [layer._fc1 for layer in layers]
+    engine = [lambda fc1=fc1: clip._activated(fc1(x), vision.hidden_act) for fc1 in products]
+    return {
+        "engine": round(replay_us(engine), 2),
+        "matmul": round(replay_us([lambda fc1=fc1: by_matmul(fc1) for fc1 in products]), 2),
+    }
 
 
 def attention(model: LlavaModel, pictures: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 // The projector: two products and the exact GELU between them, the second product through cuBLAS
 // straight into the rows that the caller gives. cuBLASLt's own GELU epilogue is the tanh form, so
-// the first product is our own where it takes the matrices; elsewhere it is cuBLAS's, too, and the
-// GELU a kernel between them. The bias is in the products' epilogues.
+// for several pictures the first product is our own, where it takes the matrices; otherwise it is
+// cuBLAS's, too, and the GELU a kernel between them. The bias is in the products' epilogues.
 //
 // The class tokens between the pictures' patches are dropped by addressing. Our product goes
 // picture by picture. cuBLAS takes all rows from the first picture's first patch to the last one's
@@ -107,7 +107,8 @@ void project(Tensor out, Tensor features, Tensor w1, std::optional<Tensor> b1, T
                   "out must have as many pictures and patches as features");
   check_dense(out, "out");
   if (features.size(0) * features.size(1) == 0) return;
-  if (matmul_takes(torch::stable::select(features, 0, 0), w1)) {
+  // Of one picture cuBLAS is the faster even with the GELU behind it (bench/vision.py).
+  if (features.size(0) > 1 && matmul_takes(torch::stable::select(features, 0, 0), w1)) {
     project_by_matmul(out, features, w1, b1, w2, b2);
   } else {
     project_by_cublas(out, features, w1, b1, w2, b2);

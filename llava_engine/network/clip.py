@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from llava_engine.kernels import matmul
 from llava_engine.kernels.activation import quick_gelu
 from llava_engine.kernels.dense_attention import dense_attention
 from llava_engine.kernels.norm import embed_norm
@@ -119,7 +118,7 @@ class _Layer:
         qkv = self._qkv(x).view(n, len(x) // n, 3, self._num_heads, -1)
         attended = dense_attention(*qkv.permute(2, 0, 3, 1, 4).unbind())
         self._norm2(x, residual, self._out(attended.transpose(1, 2).reshape(x.shape)))
-        return self._fc2(_activated(self._fc1, x, self._hidden_act))
+        return self._fc2(_activated(self._fc1(x), self._hidden_act))
 
     def slots(self, prefix: str) -> Iterator[Slot]:
         hidden, wide = self._out.weight.shape[0], self._fc1.weight.shape[0]
@@ -132,18 +131,8 @@ class _Layer:
         yield from self._fc2.slots({f"{prefix}.mlp.fc2": hidden})
 
 
-def _activated(layer: Linear, x: torch.Tensor, activation: str) -> torch.Tensor:
-    """activation(layer(x)), x being a matrix.
-
-    By our own product where that has the activation: a product alone is cuBLAS's, which is faster
-    (bench/vision.py).
-    """
-    if activation in matmul.ACTIVATIONS and matmul.takes(x, layer.weight):
-        y = x.new_empty(len(x), len(layer.weight))
-        matmul.matmul_store(y, x, layer.weight, layer.bias, activation)
-        return y
-    y = layer(x)
+def _activated(x: torch.Tensor, activation: str) -> torch.Tensor:
     if activation == "quick_gelu":
-        quick_gelu(y, y)
-        return y
-    return ACTIVATIONS[activation](y)
+        quick_gelu(x, x)
+        return x
+    return ACTIVATIONS[activation](x)

@@ -16,8 +16,8 @@ import torch
 # The threads write pieces of pinned memory in turn, which the device reads meanwhile. Few enough to
 # stay in the processor's caches.
 PIECES = 16
-PIECE_BYTES = 256 << 10
-_MOST_THREADS = 8
+PIECE_BYTES = 512 << 10
+_MOST_THREADS = 4
 _BYTES_A_THREAD = 512 << 10  # for less than that another one would not pay: it takes some 20 us
 
 
