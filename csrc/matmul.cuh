@@ -4,7 +4,8 @@
 // A weight tile of 128 rows is the products' M and a tile of kTokens tokens their N, which may be any
 // multiple of 8: so the tiles fit the number of tokens, and few places of the last wave stay empty.
 // Two blocks make a cluster. Each has its own weight rows and fetches half of the tokens' tile for
-// both, to eights. In a block one thread keeps a ring of tiles full, two warpgroups multiply 64 weight rows each.
+// both, to eights. In a block one thread keeps a ring of tiles full, and two warpgroups multiply 64
+// weight rows each.
 #pragma once
 
 #include "matmul.h"
