@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # On a GPU machine, from a checkout with llava_engine/_kernels.so in it (python setup.py build_csrc):
-# the GPU tests, the kernels' benchmark and compute-sanitizer. Results go to a folder.
+# the GPU tests, the benches and compute-sanitizer. Results go to a folder, a JSON file each.
 #
-#     bench/gpu.sh [FOLDER]     PYTHON and COMMIT may be set; parts: PARTS="smoke tests bench step decode sanitize" (vision matmul preprocess load cold fp8)
+#     bench/gpu.sh [FOLDER]     PYTHON and COMMIT may be set, and PARTS to some of those below; "load"
+#                               and "cold" write 14 GB first, and are not among the usual ones
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-bench/results}}
 python=${PYTHON:-python3}
-parts=${PARTS:-smoke tests bench step decode sanitize}
+parts=${PARTS:-smoke tests bench step decode vision matmul preprocess fp8 sanitize}
 mkdir -p "$out"
 export COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -59,10 +60,10 @@ EOF
     preprocess)
       $python bench/preprocess.py --json "$out/preprocess.json" || failed=1
       ;;
-    fp8)  # what prefill in fp8 costs in accuracy: not in the default parts either
+    fp8)  # what prefill in fp8 costs in accuracy
       $python bench/fp8.py --scenes 0 --json "$out/fp8.json" || failed=1
       ;;
-    load)  # writes a checkpoint of 14 GB to a temporary folder first: not in the default parts
+    load)  # writes a checkpoint of 14 GB to a temporary folder first
       $python bench/load.py 14 --json "$out/load.json" || failed=1
       ;;
     cold)  # so does this; then seven processes start from it
