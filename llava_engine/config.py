@@ -7,12 +7,18 @@ prefix that name no field, so that a misspelt one is not silently ignored.
 from __future__ import annotations
 
 import os
+import re
 import types
 import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 PREFIX = "LLAVA_ENGINE_"
+
+PROXY_URL = re.compile(
+    r"http://(?:([^\s@/?#]*)@)?(\[[0-9a-fA-F:.]+\]|[^\s@/?#:\[\]]+):([0-9]{1,5})/?"
+)
+"""Credentials or None, host (an IPv6 address in brackets), port."""
 
 _Config = TypeVar("_Config", "EngineConfig", "PoolConfig")
 
@@ -44,7 +50,12 @@ class EngineConfig:
         extra gpu-decode, CUDA alone) for plain ones, whose pixels differ a little; see
         image.gpu_decode.
     fetch_timeout: seconds for one URL, redirects included.
+    max_fetch_bytes: what a worker's downloads may hold together; one that does not fit waits,
+        within its own time. None takes four times max_image_bytes.
     allow_hosts: host names or addresses that `describe_url` may reach although they are private.
+    proxy: "http://[user:password@]host:port" for all downloads; HTTP_PROXY and its like are never
+        read. Names are looked up and judged here all the same, and the proxy is asked (CONNECT,
+        for http too) for the address that was judged, never for a name. Its own is not judged.
     progress_bar: show on stderr how far loading is, where that is a terminal and it takes over a
         second.
     """
@@ -66,7 +77,9 @@ class EngineConfig:
     max_image_pixels: int = 64 << 20
     image_decode: Literal["cpu", "gpu"] = "cpu"
     fetch_timeout: float = 10.0
+    max_fetch_bytes: int | None = None
     allow_hosts: tuple[str, ...] = ()
+    proxy: str | None = field(default=None, repr=False)  # it may hold a password
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
@@ -85,8 +98,15 @@ class EngineConfig:
             "max_model_len",
             "max_image_bytes",
             "max_image_pixels",
+            "max_fetch_bytes",
             "fetch_timeout",
         )
+        if self.max_fetch_bytes is not None and self.max_fetch_bytes < self.max_image_bytes:
+            raise ValueError("max_fetch_bytes must not be below max_image_bytes")
+        if self.proxy is not None:
+            found = PROXY_URL.fullmatch(self.proxy)
+            if found is None or not 0 < int(found[3]) < 1 << 16:
+                raise ValueError('proxy must be "http://host:port", with or without user:password@')
         if self.prefill == "fp8" and self.attention not in ("auto", "paged"):
             raise ValueError('prefill="fp8" needs the engine\'s own attention ("auto" or "paged")')
         for name in ("image_cache_mb", "pixel_cache_mb"):
@@ -192,11 +212,11 @@ def _parse(text: str, hint: Any) -> Any:
 
 def _check_types(config: EngineConfig | PoolConfig) -> None:
     hints = typing.get_type_hints(type(config))
-    for field in fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
+    for item in fields(config):
+        value, hint = getattr(config, item.name), hints[item.name]
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         if not any(_is_a(value, option) for option in options):
-            raise TypeError(f"{field.name} must be {hint}, not {value!r}")
+            raise TypeError(f"{item.name} must be {hint}, not {value!r}")
 
 
 def _is_a(value: object, kind: Any) -> bool:

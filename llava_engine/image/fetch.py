@@ -1,20 +1,15 @@
 """A URL to the bytes of a picture, under the rules of a hostile internet.
 
-Every name is resolved once a hop, every address it has is judged, and the connection goes to one of
-the addresses that were judged: a second answer from DNS changes nothing. httpx.URL is the only URL
-parser; environment variables (proxies, certificates) are not read. Decodes nothing.
+Every hop is judged: its URL here, its addresses in image.connect. httpx.URL is the only URL parser;
+environment variables (proxies, certificates) are not read. Decodes nothing.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import queue
-import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable
 
 import httpcore
 import httpx
@@ -27,42 +22,15 @@ from llava_engine.errors import (
     ImageError,
     ImageTooLarge,
 )
+from llava_engine.image.connect import CheckedBackend, Resolver, system_resolver
 from llava_engine.image.header import FORMATS, MAGIC_BYTES, sniff
 from llava_engine.image.url import check_url
 
-Resolver: TypeAlias = Callable[[str, int], Sequence[str]]
-"""From host name and port to addresses; raises OSError."""
-
 MAX_REDIRECTS = 5
-_MAX_ADDRESSES = 8  # of one name that are tried
-_MAX_LOOKUPS = 16  # at once; one that outlives its fetch holds a thread until DNS gives up
 _MAX_CONNECTIONS = 32
 _KEEPALIVE = 5.0  # seconds
 _REDIRECTS = (301, 302, 303, 307, 308)
 _RETRYABLE_STATUS = (408, 425, 429)
-
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # leaves out ::/96, fec0::/10, 64:ff9b:1::/48
-# Special-purpose blocks that Python 3.11's is_global lets pass.
-_SPECIAL = [
-    ipaddress.ip_network(block)
-    for block in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20")
-]
-
-
-def is_public(address: str) -> bool:
-    """Whether an address may be reached; the IPv4 address inside an IPv6 one is judged itself."""
-    ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour
-        if inner is None and ip in _NAT64:
-            inner = ipaddress.IPv4Address(ip.packed[-4:])
-        if inner is not None:
-            return is_public(str(inner))
-        if ip not in _GLOBAL_UNICAST:
-            return False
-    special = any(ip.version == block.version and ip in block for block in _SPECIAL)
-    return ip.is_global and not ip.is_multicast and not special
 
 
 class Fetcher:
@@ -74,6 +42,7 @@ class Fetcher:
     resolver: for tests; the system's by default. ssl_context: for private certificate authorities.
     budget: bytes that the bodies of all fetches in flight may hold together; 4 x max_bytes by
         default. A fetch that does not fit waits, within its deadline.
+    proxy: as in EngineConfig.
     """
 
     def __init__(
@@ -85,13 +54,14 @@ class Fetcher:
         resolver: Resolver | None = None,
         ssl_context: ssl.SSLContext | None = None,
         budget: int | None = None,
+        proxy: str | None = None,
     ) -> None:
         if budget is not None and budget < max_bytes:
             raise ValueError(f"budget ({budget}) must not be below max_bytes ({max_bytes})")
         self._max_bytes = max_bytes
         self._timeout = timeout
         self._budget = _Budget(budget or 4 * max_bytes)
-        self._backend = _CheckedBackend(resolver or _system_resolver, allow_hosts)
+        self._backend = CheckedBackend(resolver or system_resolver, allow_hosts, proxy)
         self._pool = httpcore.ConnectionPool(
             ssl_context=ssl_context or httpx.create_ssl_context(trust_env=False),
             max_connections=_MAX_CONNECTIONS,
@@ -115,6 +85,8 @@ class Fetcher:
             raise
         except httpcore.TimeoutException as error:
             raise FetchTimeout("the picture did not arrive in time") from error
+        except httpcore.ProxyError as error:
+            raise FetchFailed("the proxy refuses, or cannot reach the server") from error
         except httpcore.ConnectError as error:
             raise FetchFailed("the server cannot be reached, or its certificate fails") from error
         except Exception as error:
@@ -162,10 +134,12 @@ class Fetcher:
             for name, value in response.headers:
                 if name.lower() == b"content-encoding" and value.strip().lower() != b"identity":
                     raise _failed("the server compressed its answer unasked", retryable=False)
-            return self._body(response, headers.get(b"content-length"))
+            # Beside a Transfer-Encoding, a Content-Length says nothing about the body.
+            announced = b"content-length" in headers and b"transfer-encoding" not in headers
+            return self._body(response, int(headers[b"content-length"]) if announced else None)
 
-    def _body(self, response: httpcore.Response, announced: bytes | None) -> bytes:
-        size = self._max_bytes if announced is None else int(announced)
+    def _body(self, response: httpcore.Response, announced: int | None) -> bytes:
+        size = self._max_bytes if announced is None else announced
         if size > self._max_bytes:
             raise self._too_large()
         self._budget.take(size, self._backend.remaining())
@@ -246,121 +220,3 @@ class _Budget:
         with self._changed:
             self._free += size
             self._changed.notify_all()
-
-
-def _system_resolver(host: str, port: int) -> list[str]:
-    answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(address[0]) for *_, address in answers]
-
-
-class _CheckedBackend(httpcore.NetworkBackend):
-    """Connects to public addresses only, and lets no step outlast the calling thread's deadline.
-
-    httpcore does a request's I/O in the thread that asked for it, so the deadline is thread-local;
-    its own timeouts are per read, and a byte a second would never meet one.
-    """
-
-    def __init__(self, resolver: Resolver, allow_hosts: Iterable[str]) -> None:
-        self._resolver = resolver
-        self._allowed = frozenset(_plain(host) for host in allow_hosts)
-        self._local = threading.local()
-        self._lookups = threading.BoundedSemaphore(_MAX_LOOKUPS)
-        self._sockets = httpcore.SyncBackend()
-
-    @property
-    def deadline(self) -> float:
-        return float(self._local.deadline)
-
-    @deadline.setter
-    def deadline(self, value: float) -> None:
-        self._local.deadline = value
-
-    def remaining(self) -> float:
-        """Seconds left, above 0. Raises FetchTimeout."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise FetchTimeout("the picture did not arrive in time")
-        return left
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Any = None,
-    ) -> httpcore.NetworkStream:
-        addresses = list(dict.fromkeys(self._resolve(host, port)))
-        if not addresses:
-            raise FetchFailed("the host name has no address")
-        if _plain(host) not in self._allowed and not all(map(is_public, addresses)):
-            raise BlockedAddress("the URL leads to an address that is not public")
-        addresses = addresses[:_MAX_ADDRESSES]
-        for left in range(len(addresses), 0, -1):
-            address = addresses[-left]
-            try:
-                stream = self._sockets.connect_tcp(
-                    address, port, self.remaining() / left, socket_options=socket_options
-                )
-                return _DeadlineStream(stream, self)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout):
-                if left == 1:
-                    raise
-        raise AssertionError("unreachable")
-
-    def _resolve(self, host: str, port: int) -> Sequence[str]:
-        """Look a name up in a thread of its own, since getaddrinfo cannot be given a timeout."""
-        if not self._lookups.acquire(timeout=self.remaining()):
-            raise FetchTimeout("too many host names are being looked up")
-        answer: queue.SimpleQueue[Sequence[str] | Exception] = queue.SimpleQueue()
-
-        def look_up() -> None:
-            try:
-                answer.put(self._resolver(host, port))
-            except Exception as error:
-                answer.put(error)
-            finally:
-                self._lookups.release()
-
-        threading.Thread(target=look_up, name="llava-dns", daemon=True).start()
-        try:
-            result = answer.get(timeout=self.remaining())
-        except queue.Empty:
-            raise FetchTimeout("the host name was not found in time") from None
-        if isinstance(result, Exception):
-            raise FetchFailed("the host name is not known") from result
-        return result
-
-
-class _DeadlineStream(httpcore.NetworkStream):
-    """A stream whose every step takes at most what is left of the calling thread's deadline."""
-
-    def __init__(self, stream: httpcore.NetworkStream, backend: _CheckedBackend) -> None:
-        self._stream = stream
-        self._backend = backend
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, self._backend.remaining())
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, self._backend.remaining())
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,
-    ) -> httpcore.NetworkStream:
-        remaining = self._backend.remaining()
-        stream = self._stream.start_tls(ssl_context, server_hostname, remaining)
-        return _DeadlineStream(stream, self._backend)
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
-
-
-def _plain(host: str) -> str:
-    return host.strip("[]").rstrip(".").lower()

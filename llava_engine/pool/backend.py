@@ -213,6 +213,8 @@ class ModelBackend:
                     max_bytes=self._config.max_image_bytes,
                     timeout=self._config.fetch_timeout,
                     allow_hosts=self._config.allow_hosts,
+                    budget=self._config.max_fetch_bytes,
+                    proxy=self._config.proxy,
                 )
             return self._fetcher
 

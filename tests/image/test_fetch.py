@@ -29,7 +29,8 @@ from llava_engine.errors import (
     ImageFetchError,
     ImageTooLarge,
 )
-from llava_engine.image.fetch import Fetcher, is_public
+from llava_engine.image.connect import is_public
+from llava_engine.image.fetch import Fetcher
 from llava_engine.image.url import check_url
 
 TLS = Path(__file__).parent / "tls"
