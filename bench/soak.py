@@ -79,6 +79,7 @@ class Load:
         self._paused = False
         self._lock = threading.Lock()
         self._running: Counter[str] = Counter()
+        self._deck: list[str] = []
 
     @property
     def requests(self) -> int:
@@ -86,11 +87,13 @@ class Load:
         return sum(counts.total() for counts in self.outcomes.values())
 
     def begin(self, chance: random.Random) -> Kind | None:
-        """A kind to ask now; None while asking is paused."""
+        """A kind to ask now, each as often as any other; None while asking is paused."""
         with self._lock:
             if self._paused:
                 return None
-            name = chance.choice(list(self.kinds))
+            if not self._deck:
+                self._deck = chance.sample(list(self.kinds), len(self.kinds))
+            name = self._deck.pop()
             self._running[name] += 1
             return self.kinds[name]
 
@@ -239,6 +242,11 @@ class Quiet:
         self.rss.append(self._process.memory_info().rss)
         self.threads.append(self._process.num_threads())
         self.descriptors.append(self._process.num_fds())
+        print(
+            f"{self._load.requests} requests, {self.rss[-1] / 1e6:.2f} MB, "
+            f"{self.threads[-1]} threads, {self.descriptors[-1]} descriptors",
+            file=sys.stderr,
+        )
         self._load.resume()
         return not held
 
@@ -300,7 +308,7 @@ def soak(seconds: float, *, leak: bool = False) -> dict[str, Any]:
         config = EngineConfig(
             device="cpu",
             allow_hosts=("127.0.0.1",),
-            fetch_timeout=1.0,
+            fetch_timeout=3.0,  # a busy machine's slow URLs take a second
             # Small, so that all of it is in use, and in turnover, before warm-up is over.
             kv_cache_mb=8,
             image_cache_mb=1,

@@ -1,0 +1,93 @@
+"""bench/soak.py in short, and whether its checks see what they are for."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.soak import Load, judge_counts, judge_memory, slope
+from bench.soak_requests import Kind
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_ten_seconds_of_everything(tmp_path: Path) -> None:
+    """Memory is not judged: ten seconds are all warm-up."""
+    out = tmp_path / "soak.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.soak", "--minutes", str(10 / 60), "--json", str(out)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert out.exists(), done.stderr
+    record = json.loads(out.read_text())["soak"]
+    assert record["faults"] == []
+    assert record["threads"]["end"] <= record["threads"]["after_warm_up"]
+    assert record["descriptors"]["end"] <= record["descriptors"]["after_warm_up"]
+    assert record["forbidden_connections"] == 0
+    assert all(record["outcomes"].values())  # no kind was left out
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("growth", "noise", "verdict"),
+    [
+        (0.0, 1e4, "flat"),
+        (4096 * 60, 1e5, "grows"),  # 4 KB a request, 60 requests a second
+        (2e6 / 3600, 1e4, "grows"),
+        (0.0, 5e6, "undecided"),
+    ],
+)
+def test_memory_is_judged_by_the_whole_interval(growth: float, noise: float, verdict: str) -> None:
+    seconds = np.arange(100) * 5.0
+    rss = 3e8 + growth * seconds + np.random.default_rng(7).normal(0, noise, 100)
+    assert judge_memory(list(seconds), list(rss))["verdict"] == verdict
+
+
+def test_the_slope_is_numpys_and_its_interval_is_never_narrower() -> None:
+    chance = np.random.default_rng(3)
+    times = np.sort(chance.uniform(0, 500, 60))
+    alone = 3.0 * times + chance.normal(0, 50, 60)
+    walk = 3.0 * times + np.cumsum(chance.normal(0, 50, 60))
+    for values, widened in ((alone, False), (walk, True)):
+        (want, _), covariance = np.polyfit(times, values, 1, cov=True)
+        rise, half = slope(list(times), list(values))
+        assert rise == pytest.approx(want)
+        least = 2 * np.sqrt(covariance[0, 0])
+        assert half >= least * 0.999
+        assert (half > 2 * least) == widened
+
+
+def test_three_readings_decide_nothing() -> None:
+    assert judge_memory([0, 5, 10], [1.0, 1.0, 1.0])["verdict"] == "undecided"
+
+
+def test_a_descriptor_more_at_the_end_is_a_fault() -> None:
+    assert judge_counts("descriptors", [11, 12, 11]) == []
+    assert judge_counts("descriptors", [11, 11, 12]) == ["descriptors: 11 after warm-up, 12 now"]
+
+
+def test_an_outcome_that_is_not_right_for_its_kind_is_a_fault_and_so_is_none() -> None:
+    def never(chance: random.Random) -> None:
+        raise AssertionError
+
+    load = Load([Kind("good", never, frozenset({"stop"}))], leak=False)  # type: ignore[arg-type]
+    chance = random.Random(0)
+    for outcome in ("stop", "WorkerDied"):
+        kind = load.begin(chance)
+        assert kind is not None
+        load.end(kind, outcome)
+    assert load.unexpected() == ["good: WorkerDied (1 times)"]
+    assert load.begin(chance) is not None
+    assert load.pause(0.05) == ["good"]  # and it has not ended
+    assert load.begin(chance) is None
