@@ -83,11 +83,21 @@ class CheckedBackend(httpcore.NetworkBackend):
 
     @property
     def deadline(self) -> float:
+        """Of the calling thread, in `time.monotonic()` seconds."""
         return float(self._local.deadline)
 
     @deadline.setter
     def deadline(self, value: float) -> None:
         self._local.deadline = value
+
+    @property
+    def connected(self) -> bool:
+        """Whether the calling thread has connected since it last cleared this."""
+        return bool(self._local.connected)
+
+    @connected.setter
+    def connected(self, value: bool) -> None:
+        self._local.connected = value
 
     def remaining(self) -> float:
         """Seconds left, above 0. Raises FetchTimeout."""
@@ -104,6 +114,7 @@ class CheckedBackend(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Any = None,
     ) -> httpcore.NetworkStream:
+        self.connected = True
         addresses = self._resolve(host, port)
         if _plain(host) not in self._allowed and not all(map(is_public, addresses)):
             raise BlockedAddress("the URL leads to an address that is not public")

@@ -6,6 +6,7 @@ environment variables (proxies, certificates) are not read. Decodes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 import threading
 import time
@@ -107,8 +108,21 @@ class Fetcher:
 
     def _get(self, url: httpx.URL) -> bytes | httpx.URL:
         """One hop: the body, or where the server sends us."""
+        while True:
+            answered = False
+            try:
+                with self._ask(url) as response:
+                    answered = True
+                    return self._read(url, response)
+            except (httpcore.NetworkError, httpcore.RemoteProtocolError):
+                # A server may close a kept connection just as it is used again.
+                if answered or self._backend.connected:
+                    raise
+
+    def _ask(self, url: httpx.URL) -> contextlib.AbstractContextManager[httpcore.Response]:
         remaining = self._backend.remaining()
-        with self._pool.stream(
+        self._backend.connected = False
+        return self._pool.stream(
             "GET",
             httpcore.URL(
                 scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
@@ -121,22 +135,24 @@ class Fetcher:
             ],
             # The backend bounds reads and writes by the deadline itself.
             extensions={"timeout": {"connect": remaining, "pool": remaining}},
-        ) as response:
-            headers = {name.lower(): value for name, value in response.headers}
-            if response.status in _REDIRECTS:
-                return _redirect(url, headers.get(b"location", b""))
-            if response.status != 200:
-                status = response.status
-                raise _failed(
-                    f"the server answered {status}",
-                    retryable=status >= 500 or status in _RETRYABLE_STATUS,
-                )
-            for name, value in response.headers:
-                if name.lower() == b"content-encoding" and value.strip().lower() != b"identity":
-                    raise _failed("the server compressed its answer unasked", retryable=False)
-            # Beside a Transfer-Encoding, a Content-Length says nothing about the body.
-            announced = b"content-length" in headers and b"transfer-encoding" not in headers
-            return self._body(response, int(headers[b"content-length"]) if announced else None)
+        )
+
+    def _read(self, url: httpx.URL, response: httpcore.Response) -> bytes | httpx.URL:
+        headers = {name.lower(): value for name, value in response.headers}
+        if response.status in _REDIRECTS:
+            return _redirect(url, headers.get(b"location", b""))
+        if response.status != 200:
+            status = response.status
+            raise _failed(
+                f"the server answered {status}",
+                retryable=status >= 500 or status in _RETRYABLE_STATUS,
+            )
+        for name, value in response.headers:
+            if name.lower() == b"content-encoding" and value.strip().lower() != b"identity":
+                raise _failed("the server compressed its answer unasked", retryable=False)
+        # Beside a Transfer-Encoding, a Content-Length says nothing about the body.
+        announced = b"content-length" in headers and b"transfer-encoding" not in headers
+        return self._body(response, int(headers[b"content-length"]) if announced else None)
 
     def _body(self, response: httpcore.Response, announced: int | None) -> bytes:
         size = self._max_bytes if announced is None else announced

@@ -165,6 +165,28 @@ def redirect(location: str, status: int = 302) -> Handler:
     return handle
 
 
+def tunnel(port: int) -> Handler:
+    """A proxy's handler of CONNECT, which leads to a port of loopback whatever was asked for."""
+
+    def handle(request: Request, connection: Connection) -> None:
+        with socket.create_connection(("127.0.0.1", port)) as far:
+            connection.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            back = threading.Thread(target=_copy, args=(far, connection.sock), daemon=True)
+            back.start()
+            _copy(connection.sock, far)
+            back.join()
+
+    return handle
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # either end may leave
+        while data := source.recv(65536):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
 def _read_request(sock: socket.socket) -> Request | None:
     head = b""
     while b"\r\n\r\n" not in head:
