@@ -11,7 +11,7 @@ GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/n
 ARCHS = $(sort $(patsubst 90,90a,$(filter 80 86 89 90,$(GPUS))))
 KERNELS := llava_engine/_kernels.so
 
-.PHONY: demo test check csrc bench clean
+.PHONY: demo test check csrc bench fuzz clean
 
 demo: $(VENV)/.installed
 	@archs='$(ARCHS)'; if [ -n "$$archs" ] && [ ! -e $(KERNELS) ] && command -v $(NVCC) >/dev/null; then \
@@ -34,6 +34,10 @@ csrc: $(VENV)/.installed
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/scheduler.py
+
+# 10,000 mutated pictures: only ImageErrors, each in bounded time and memory.
+fuzz: $(VENV)/.installed-test
+	$(BIN)/python bench/fuzz.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -46,6 +46,12 @@ _PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
     "BMP": BmpImagePlugin.BmpImageFile,
     "TIFF": TiffImagePlugin.TiffImageFile,
 }
+# A few bytes can announce any number of pixels: 36 make a WebP of 64 Mpixel that takes 1 GB and
+# 0.8 s. A file may have (so many pixels, and so many more for each byte). Huffman codes, LZW and
+# deflate need more bytes even for one colour, at 4 bits a pixel or more. JPEG and WebP cost the
+# most a pixel.
+_PROPORTION = {"JPEG": (1 << 20, 512), "WEBP": (1 << 21, 1024)}
+_OTHER_PROPORTION = (1 << 22, 2048)
 _BAND_PIXELS = 1 << 20  # converted at a time, so that no second copy of a picture is held
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _WIDE_GREY_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -135,8 +141,9 @@ def load_image(
     """Decode a picture that `check_image` accepts, or one that `read_image` has read.
 
     max_bytes: of the encoded file. max_pixels: width x height, judged from the header; Pillow's
-    MAX_IMAGE_PIXELS counts too where it is lower, and is never changed. decode_jpeg: is given
-    JPEG files that passed these limits, before Pillow.
+    MAX_IMAGE_PIXELS counts too where it is lower, and is never changed; and a file of few bytes
+    may not have many pixels. decode_jpeg: is given JPEG files that passed these limits, before
+    Pillow.
     Needs about 7 bytes of memory a pixel (some 20 for WebP, whose decoder keeps canvases) and
     twice the encoded bytes.
     Raises ImageTooLarge or ImageDecodeError.
@@ -219,6 +226,14 @@ def _from_encoded(encoded: EncodedImage, limit: int, decode_jpeg: DecodeJpeg | N
     _check_pixels(header.width, header.height, limit)
     if header.tile_pixels > limit:
         raise ImageTooLarge(f"the picture's tiles have {header.tile_pixels} pixels")
+    small, each_byte = _PROPORTION.get("JPEG" if header.jpeg else header.format, _OTHER_PROPORTION)
+    most = small + each_byte * len(header.data)
+    if max(header.width * header.height, header.tile_pixels) > most:
+        raise ImageTooLarge(
+            f"the picture has {header.width} x {header.height} pixels; allowed are {most} "
+            f"with {len(header.data)} bytes of data"
+        )
+    limit = min(limit, most)
     if decode_jpeg is not None and header.format == "JPEG":
         decoded = decode_jpeg(header)
         if decoded is not None:

@@ -235,6 +235,7 @@ def pad_axis(pixels: Pixels, axis: int, before: int, total: int, colour: tuple[i
     shape = [*pixels.shape]
     length, shape[axis] = shape[axis], total
     ground = np.empty(shape, np.uint8)
-    ground[:] = colour
+    ground[:1] = colour
+    ground[1:] = ground[:1]  # row by row: ten times as fast as pixel by pixel
     _along(ground, axis, before, before + length)[:] = pixels
     return ground
