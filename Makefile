@@ -11,7 +11,7 @@ GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/n
 ARCHS = $(sort $(patsubst 90,90a,$(filter 80 86 89 90,$(GPUS))))
 KERNELS := llava_engine/_kernels.so
 
-.PHONY: demo test check csrc bench fuzz clean
+.PHONY: demo test check csrc bench fuzz soak clean
 
 demo: $(VENV)/.installed
 	@archs='$(ARCHS)'; if [ -n "$$archs" ] && [ ! -e $(KERNELS) ] && command -v $(NVCC) >/dev/null; then \
@@ -38,6 +38,11 @@ bench: $(VENV)/.installed-test
 # 10,000 mutated pictures: only ImageErrors, each in bounded time and memory.
 fuzz: $(VENV)/.installed-test
 	$(BIN)/python bench/fuzz.py
+
+# Good, bad, slow and cancelled requests for so long: nothing may grow, hang or end wrongly.
+MINUTES ?= 10
+soak: $(VENV)/.installed-test
+	$(BIN)/python -m bench.soak --minutes $(MINUTES) --json bench/results/soak.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info
