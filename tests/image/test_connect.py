@@ -380,8 +380,8 @@ def test_a_tls_handshake_a_byte_at_a_time_meets_the_deadline(server: HttpServer)
 
         def handshake() -> None:
             sock, _ = listener.accept()
-            # the head of a record of 16 KiB, then the record, slowly
-            Connection(sock, stopping).drip(b"\x16\x03\x03\x40\x00\x02" + bytes(9999), 0.02)
+            # the head of a record of 16 KiB, then some of it, slowly; closed long past the deadline
+            Connection(sock, stopping).drip(b"\x16\x03\x03\x40\x00\x02" + bytes(150), 0.02)
             sock.close()
 
         stopping = threading.Event()

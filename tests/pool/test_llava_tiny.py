@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import itertools
 import os
@@ -16,11 +17,18 @@ from collections.abc import Iterator
 import psutil
 import pytest
 from PIL import Image
-from support.http_server import HttpServer
+from support.http_server import HttpServer, tunnel
 from support.pool_fakes import model_of, wait_for
 
 import llava_engine
-from llava_engine import EngineConfig, PoolConfig, VisionModel, WorkerDied, WorkerPool
+from llava_engine import (
+    BlockedAddress,
+    EngineConfig,
+    PoolConfig,
+    VisionModel,
+    WorkerDied,
+    WorkerPool,
+)
 
 QUERY = "Describe the picture."
 CONFIG = EngineConfig(device="cpu", allow_hosts=("127.0.0.1",), kv_cache_mb=32, image_cache_mb=8)
@@ -63,6 +71,23 @@ def test_the_first_picture_spawns_two_workers_and_a_url_finds_them(
     assert len([text for text in caplog.messages if text.startswith("Spawned")]) == 2
     # Both workers' KV shares are in one cache beside one copy of the weights.
     assert 64 <= pool.total_memory_mb() <= 64 + 16 + 8
+
+
+def test_a_url_through_the_proxy_that_the_configuration_names(pool: WorkerPool) -> None:
+    encoded = io.BytesIO()
+    picture().save(encoded, "PNG")
+    with (
+        HttpServer({"/scene.png": encoded.getvalue()}) as server,
+        HttpServer({"93.184.215.14:80": tunnel(server.port)}) as proxy,
+    ):
+        config = dataclasses.replace(CONFIG, proxy=proxy.url(""), allow_hosts=())
+        tiny = llava_engine.get("llava-tiny", config, pool=pool)
+        stream = tiny.describe_url("http://93.184.215.14/scene.png", QUERY, max_new_tokens=2)
+        assert stream.text()
+        with pytest.raises(BlockedAddress):
+            tiny.describe_url(server.url("/scene.png"), QUERY, max_new_tokens=2).text()
+    assert [request.target for request in proxy.requests] == ["93.184.215.14:80"]
+    assert server.connections == 1
 
 
 def test_a_hundred_threads_and_a_hundred_tasks(pool: WorkerPool, tiny: VisionModel) -> None:
