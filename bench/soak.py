@@ -10,12 +10,12 @@ or descriptors at the end than after warm-up.
 Memory: every few seconds the asking is paused until nothing runs; then garbage is collected, the
 heap's free pages are given back (malloc_trim) and RSS is read, so that what requests hold while
 they run is no noise. One malloc arena, a fixed mmap threshold and no caches of threads (set by
-starting anew) keep the allocator's own high-water marks out: the caches of 50 threads took
-3 MB in the first 12,000 requests, and were not full. The slope is least squares over the readings
-after the first quarter; its standard error is widened for readings that depend on
-their neighbours (lag-1 autocorrelation r: (1 + r) / (1 - r) as much variance). "flat" is a
-95 % interval wholly under 1 MB/h, "grows" one wholly above, and "undecided" asks for a
-longer run; only "flat" passes. `--leak` keeps 4 KB a request, and must end as "grows".
+starting anew) keep the allocator's own high-water marks out, so the figure is not that of a process
+with glibc's defaults. The slope is least squares over the readings after the first quarter; its
+standard error is widened for readings that depend on their neighbours (lag-1 autocorrelation r:
+(1 + r) / (1 - r) as much variance). "flat" is a 95 % interval wholly under 1 MB/h, "grows" one
+wholly above, and "undecided" asks for a longer run; only "flat" passes. `--leak` keeps 4 KB a
+request, and must end as "grows".
 
     python -m bench.soak [--minutes 10] [--leak] [--json PATH]
 """
