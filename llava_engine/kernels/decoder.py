@@ -16,7 +16,7 @@ PARTS = 6
 """Tensors of a layer among `weights`: the norm before attention, QKV, output, the norm behind it,
 gate and up, down."""
 
-_MANY_ROWS = 128  # as in csrc/decoder.cpp: fewer are multiplied in the model's own type
+_FP8_ROWS = 128  # as in csrc/decoder.cpp: fewer are multiplied in the model's own type
 
 
 def decoder_layers(
@@ -87,7 +87,7 @@ def _decoder_layers_reference(
     eps: float,
 ) -> None:
     rows, dim = len(residual), cos_sin.shape[1]
-    in_fp8 = len(fp8) > 0 and rows >= _MANY_ROWS
+    in_fp8 = len(fp8) > 0 and rows >= _FP8_ROWS
     x = torch.empty_like(residual)
 
     def product(

@@ -1,7 +1,9 @@
 """Products of many rows and what follows them in one kernel, for prefill on Hopper.
 
-Elsewhere, and for what `takes` refuses, the decoder uses torch's products and the kernels of the
-other families one by one (network.llama), with the same results but for the order of rounding.
+They take 16-bit or float8_e4m3fn matrices with rows of whole 16 bytes and a multiple of 8 outputs,
+and refuse others (csrc/matmul.cu: matmul_takes). Elsewhere, and for those, the decoder uses torch's
+products and the kernels of the other families one by one (csrc/decoder.cpp, network.llama), with
+the same results but for the order of rounding.
 """
 
 from __future__ import annotations
@@ -17,24 +19,6 @@ ACTIVATIONS = (None, "gelu", "quick_gelu")
 
 HEAD_DIM = 128
 """Dimensions of the heads that matmul_rope_append takes."""
-
-
-def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the kernels multiply these: 16-bit or float8_e4m3fn on a Hopper GPU, rows of whole 16
-    bytes, a multiple of 8 outputs."""
-    return (
-        x.is_cuda
-        and x.dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
-        and x.dtype == weight.dtype
-        and all(
-            matrix.stride(1) == 1
-            and matrix.stride(0) * matrix.element_size() % 16 == 0
-            and matrix.data_ptr() % 16 == 0
-            for matrix in (x, weight)
-        )
-        and len(weight) % 8 == 0
-        and torch.cuda.get_device_capability(x.device)[0] == 9
-    )
 
 
 def matmul_store(

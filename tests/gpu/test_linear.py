@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.gpu import NEEDS_GPU
-from support.kernels import PagedContext, poisoned, within_twice
+from support.kernels import PagedContext, blank, normal, within_twice
 from support.linear import (
     HEADS,
     angles,
@@ -31,22 +31,6 @@ DTYPES = [torch.float16, torch.bfloat16]
 SHAPES = [(32, 2), (96, 6), (1056, 34), (4128, 2500), (4096, 4096), (11008, 4096), (5120, 64)]
 FLOOR = 1e-6
 EPS = 1e-5
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    generator = torch.Generator("cuda")
-    generator.seed()  # fresh inputs every time; the seed is in the failure's report
-    print("seed", generator.initial_seed())
-    return generator
-
-
-def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
-
-
-def blank(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return poisoned(*shape, dtype=dtype, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.gpu import NEEDS_GPU
-from support.kernels import poisoned, within_twice
+from support.kernels import blank, normal, within_twice
 from support.linear import angles
 
 from llava_engine.kernels.library import references
@@ -16,7 +16,6 @@ from llava_engine.kernels.matmul import (
     matmul_rope_append,
     matmul_silu_mul,
     matmul_store,
-    takes,
 )
 
 pytestmark = [
@@ -34,22 +33,6 @@ SHAPES = [(64, 256), (24, 8), (592, 1024), (4096, 4096), (1096, 1160), (1024, 30
 FLOOR = 1e-6
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    generator = torch.Generator("cuda")
-    generator.seed()  # fresh inputs every time; the seed is in the failure's report
-    print("seed", generator.initial_seed())
-    return generator
-
-
-def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
-
-
-def blank(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return poisoned(*shape, dtype=dtype, device="cuda")
-
-
 def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows in float8 and their scales."""
     scales = x.float().abs().amax(dim=1) / 448
@@ -65,7 +48,6 @@ def test_store_and_add(
     inputs, outputs = shape
     x = normal(generator, rows, inputs, dtype=dtype)
     weight = normal(generator, outputs, inputs, dtype=dtype) * inputs**-0.5
-    assert takes(x, weight)
     bias, before = (
         normal(generator, outputs, dtype=dtype),
         normal(generator, rows, outputs, dtype=dtype),
@@ -196,9 +178,6 @@ def test_float8(rows: int, dtype: torch.dtype, generator: torch.Generator) -> No
 def test_refuses_what_it_cannot(generator: torch.Generator) -> None:
     x = normal(generator, 130, 64, dtype=torch.float16)
     weight = normal(generator, 64, 64, dtype=torch.float16)
-    assert not takes(x.float(), weight.float())
-    assert not takes(x[:, 1:], weight[:, 1:])
-    assert not takes(x, weight[:60])
     for bad in (x.float(), x[:, :56], x.t()):
         with pytest.raises(RuntimeError):
             matmul_add(normal(generator, len(bad), 64, dtype=torch.float16), bad, weight)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.gpu import NEEDS_GPU
-from support.kernels import PagedContext, poisoned, within_twice
+from support.kernels import PagedContext, blank, normal, within_twice
 
 from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.attention import paged_attention
@@ -21,22 +21,6 @@ pytestmark = NEEDS_GPU
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS = [(1, 1), (3, 7), (2, 192), (17, 1000), (5, 4096), (64, 4104), (2, 11008)]
 FLOOR = 1e-6
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    generator = torch.Generator("cuda")
-    generator.seed()  # fresh inputs every time; the seed is in the failure's report
-    print("seed", generator.initial_seed())
-    return generator
-
-
-def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
-
-
-def blank(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return poisoned(*shape, dtype=dtype, device="cuda")
 
 
 def check(op: Callable[..., None], like: torch.Tensor, *inputs: object) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.checkpoints import make_checkpoint
 from support.gpu import GPU, NEEDS_GPU
-from support.kernels import poisoned, within_twice
+from support.kernels import blank, normal, within_twice
 from support.pictures import random_pictures
 from transformers import LlavaForConditionalGeneration
 
@@ -62,22 +62,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "projector_hidden_act": "gelu_pytorch_tanh",
     },
 }
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    generator = torch.Generator("cuda")
-    generator.seed()  # fresh inputs every time; the seed is in the failure's report
-    print("seed", generator.initial_seed())
-    return generator
-
-
-def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
-
-
-def blank(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return poisoned(*shape, dtype=dtype, device="cuda")
 
 
 def check(op: Callable[..., None], ours: torch.Tensor, *inputs: object) -> torch.Tensor:

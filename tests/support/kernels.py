@@ -17,6 +17,16 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu
     return torch.full(shape, torch.nan, dtype=dtype, device=device)
 
 
+def blank(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """The same on the GPU."""
+    return poisoned(*shape, dtype=dtype, device="cuda")
+
+
+def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random numbers where the generator is, drawn in float32."""
+    return torch.randn(shape, generator=generator, device=generator.device).to(dtype)
+
+
 def within_twice(
     ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, floor: float = 1e-12
 ) -> None:
