@@ -6,9 +6,10 @@ step that fails can be run again, whole or sequence by sequence.
 
 from __future__ import annotations
 
-from itertools import accumulate
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from llava_engine.kernels.library import programmatic_launch
@@ -44,10 +45,11 @@ class ModelRunner:
         self._model = model
         self._cache = cache
         self._features = features
+        self._streams = streams
         self._encode = PictureEncoder(model, streams, captures=captures)
         self._device = device = model.device
         text = model.config.text
-        self._sampler = Sampler(text.vocab_size, model.config.image_token_id, device)
+        self._sampler = Sampler(text.vocab_size, model.config.image_token_id)
         self._prefill = prefill_attention(attention, text, model.dtype, device)
         self._block_size = cache.block_size
         self._overlap = overlap
@@ -55,17 +57,22 @@ class ModelRunner:
     def run(self, step: list[Scheduled]) -> list[int | None]:
         """The sampled token of each entry that reaches its sequence's end, else None."""
         self._encode_pictures(step)
-        embeds, batch = self._embed(step), self._batch(step)
+        # The device encodes while the rest is prepared, and waits for nothing until it has sampled.
+        complete = [row for row, entry in enumerate(step) if entry.completes]
+        sequences = [step[row].sequence for row in complete]
+        arrays = self._arrays(step)
+        query_start = arrays[-1]
+        last_rows = query_start[1:][complete].astype(np.int64) - 1
+        arguments = self._sampler.arguments(sequences) if complete else []
+        there = self._streams.upload([*arrays, last_rows, *arguments])
+        last, *sampling = there[len(arrays) :]
+        embeds, batch = self._embed(step, there[0]), self._batch(arrays, there)
         with programmatic_launch(self._overlap):
             hidden = self._model.forward(embeds, batch, self._cache.keys, self._cache.values)
-        ends = list(accumulate(entry.num_tokens for entry in step))
-        complete = [row for row, entry in enumerate(step) if entry.completes]
         tokens: list[int | None] = [None] * len(step)
         if complete:
-            last = torch.tensor([ends[row] - 1 for row in complete], device=self._device)
-            logits = self._model.logits(hidden[last])
-            sampled = self._sampler(logits, [step[row].sequence for row in complete])
-            for row, token in zip(complete, sampled, strict=True):
+            sampled = self._sampler(self._model.logits(hidden[last]), sampling)
+            for row, token in zip(complete, sampled.tolist(), strict=True):
                 tokens[row] = token
         return tokens
 
@@ -96,14 +103,50 @@ class ModelRunner:
                     if wanted_key == key:
                         sequence.features[key] = features
 
-    def _embed(self, step: list[Scheduled]) -> torch.Tensor:
+    def _arrays(self, step: list[Scheduled]) -> list[npt.NDArray[Any]]:
+        """Token ids [T], then what a Batch has: positions, slot_mapping, block_table, context_lens
+        and query_start."""
+        size = self._block_size
+        width = max(len(entry.sequence.block_table) for entry in step)
+        table = np.zeros((len(step), width), dtype=np.int32)
+        ids, positions, slots = [], [], []
+        for row, entry in enumerate(step):
+            start, end = entry.sequence.computed, entry.sequence.computed + entry.num_tokens
+            blocks = np.asarray(entry.sequence.block_table, dtype=np.int64)
+            table[row, : len(blocks)] = blocks
+            places = np.arange(start, end)
+            positions.append(places)
+            slots.append(blocks[places // size] * size + places % size)
+            ids.append(np.asarray(entry.sequence.token_ids[start:end], dtype=np.int64))
+        return [
+            np.maximum(np.concatenate(ids), 0),  # a picture's rows are overwritten
+            np.concatenate(positions),
+            np.concatenate(slots),
+            table,
+            np.array([entry.sequence.computed + entry.num_tokens for entry in step], np.int32),
+            np.cumsum([0, *(entry.num_tokens for entry in step)], dtype=np.int32),
+        ]
+
+    def _batch(self, arrays: list[npt.NDArray[Any]], there: list[torch.Tensor]) -> Batch:
+        """The step as the decoder takes it, of `_arrays` and their copies on the device."""
+        *_, table, context_lens, query_start = arrays
+        _, positions, slot_mapping, block_table, lens_there, start_there, *_ = there
+        counts, lens = np.diff(query_start).tolist(), context_lens.tolist()
+        return Batch(
+            positions=positions,
+            slot_mapping=slot_mapping,
+            block_table=block_table,
+            context_lens=lens_there,
+            query_start=start_there,
+            max_query_len=max(counts),
+            dense=self._prefill.plan(counts, lens, table, self._block_size, self._device)
+            if self._prefill is not None
+            else None,
+        )
+
+    def _embed(self, step: list[Scheduled], token_ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings [tokens, hidden] of the step, with features in the pictures' rows."""
-        ids: list[int] = []
-        for entry in step:
-            start = entry.sequence.computed
-            ids += entry.sequence.token_ids[start : start + entry.num_tokens]
-        token_ids = torch.tensor(ids, dtype=torch.int64, device=self._device)
-        embeds = self._model.embed(token_ids.clamp_(min=0))
+        embeds = self._model.embed(token_ids)
         row = 0
         for entry in step:
             start = entry.sequence.computed
@@ -116,36 +159,6 @@ class ModelRunner:
                 ]
             row += entry.num_tokens
         return embeds
-
-    def _batch(self, step: list[Scheduled]) -> Batch:
-        size = self._block_size
-        width = max(len(entry.sequence.block_table) for entry in step)
-        table = np.zeros((len(step), width), dtype=np.int32)
-        positions, slots, lens = [], [], []
-        for row, entry in enumerate(step):
-            blocks = np.asarray(entry.sequence.block_table, dtype=np.int64)
-            table[row, : len(blocks)] = blocks
-            start = entry.sequence.computed
-            places = np.arange(start, start + entry.num_tokens)
-            positions.append(places)
-            slots.append(blocks[places // size] * size + places % size)
-            lens.append(start + entry.num_tokens)
-        counts = [entry.num_tokens for entry in step]
-        starts = np.cumsum([0, *counts])
-        return Batch(
-            positions=self._tensor(np.concatenate(positions), np.int64),
-            slot_mapping=self._tensor(np.concatenate(slots), np.int64),
-            block_table=self._tensor(table, np.int32),
-            query_start=self._tensor(starts, np.int32),
-            context_lens=self._tensor(np.asarray(lens), np.int32),
-            max_query_len=max(counts),
-            dense=self._prefill.plan(counts, lens, table, size, self._device)
-            if self._prefill is not None
-            else None,
-        )
-
-    def _tensor(self, values: np.ndarray, dtype: type[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(values.astype(dtype)).to(self._device)
 
 
 def _pictures_in(entry: Scheduled) -> list[Picture]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from llava_engine.kernels.sampling import sample
@@ -15,44 +19,41 @@ class Sampler:
     prompts with a picture, as it does in transformers.
     """
 
-    def __init__(self, vocab_size: int, image_token_id: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, image_token_id: int) -> None:
         self._vocab_size = vocab_size
         self._image_token_id = image_token_id
-        self._device = device
 
-    def __call__(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-        """The next token of each sequence. logits: float32 [len(sequences), vocab_size]."""
+    def arguments(self, sequences: list[Sequence]) -> list[npt.NDArray[Any]]:
+        """What `__call__` needs on its device to sample the sequences' next tokens."""
         params = [sequence.sampling for sequence in sequences]
-        out = torch.empty(len(sequences), dtype=torch.int64, device=self._device)
-        sample(
-            out,
-            logits,
-            self._column([p.temperature for p in params], torch.float32),
-            self._column([p.top_k for p in params], torch.int32),
-            self._column([p.top_p for p in params], torch.float32),
-            self._column([p.repetition_penalty for p in params], torch.float32),
-            self._seen(sequences),
-            self._column([sequence.seed for sequence in sequences], torch.int64),
-            self._column([sequence.completion_len for sequence in sequences], torch.int64),
-        )
-        tokens: list[int] = out.tolist()
-        return tokens
+        penalised = [
+            seen_ids(sequence, self._image_token_id)
+            if sequence.sampling.repetition_penalty != 1.0
+            else []
+            for sequence in sequences
+        ]
+        rows = np.repeat(np.arange(len(sequences)), [len(ids) for ids in penalised])
+        return [
+            np.array([p.temperature for p in params], np.float32),
+            np.array([p.top_k for p in params], np.int32),
+            np.array([p.top_p for p in params], np.float32),
+            np.array([p.repetition_penalty for p in params], np.float32),
+            np.array([sequence.seed for sequence in sequences], np.int64),
+            np.array([sequence.completion_len for sequence in sequences], np.int64),
+            # Of every token that a row's penalty applies to, its place in a matrix of the logits'.
+            rows * self._vocab_size + np.concatenate([np.array(i, np.int64) for i in penalised]),
+        ]
 
-    def _column(self, values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
-
-    def _seen(self, sequences: list[Sequence]) -> torch.Tensor | None:
-        """bool [rows, vocab_size]: the tokens that a row's penalty applies to; None without any."""
-        if all(sequence.sampling.repetition_penalty == 1.0 for sequence in sequences):
-            return None
-        seen = torch.zeros(
-            (len(sequences), self._vocab_size), dtype=torch.bool, device=self._device
-        )
-        for row, sequence in enumerate(sequences):
-            if sequence.sampling.repetition_penalty != 1.0:
-                ids = seen_ids(sequence, self._image_token_id)
-                seen[row, self._column(ids, torch.int64)] = True
-        return seen
+    def __call__(self, logits: torch.Tensor, arguments: list[torch.Tensor]) -> torch.Tensor:
+        """The next token of each sequence, int64 [S]. logits: float32 [S, vocab_size]."""
+        temperature, top_k, top_p, penalty, seed, position, seen_at = arguments
+        seen = None
+        if len(seen_at):
+            seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+            seen.view(-1)[seen_at] = True
+        out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        sample(out, logits, temperature, top_k, top_p, penalty, seen, seed, position)
+        return out
 
 
 def seen_ids(sequence: Sequence, image_token_id: int) -> list[int]:

@@ -17,7 +17,12 @@ from llava_engine.kernels.library import c_library
 from llava_engine.runtime.host_copy import PIECE_BYTES, PIECES, HostCopies
 
 _ALIGNMENT = 256  # bytes, of each array on the device
-_TYPES = {"uint8": torch.uint8, "int32": torch.int32, "float32": torch.float32}
+_TYPES = {
+    "uint8": torch.uint8,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "float32": torch.float32,
+}
 
 
 class DeviceStreams:
@@ -64,7 +69,7 @@ class DeviceStreams:
         """Copies of `arrays` on the device, for work of the current stream.
 
         They may be read-only, and their rows may lie apart; when this returns they have been read.
-        Of uint8, int32 or float32. The copies share their memory.
+        Of uint8, int32, int64 or float32. The copies share their memory.
         """
         if self._copies is None:
             return [torch.tensor(array, device=self._device) for array in arrays]
