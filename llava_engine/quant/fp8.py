@@ -1,11 +1,14 @@
-"""Weights in 8 bits (e4m3) with a scale per output, for the products of prefill.
+"""Weights in 8 bits (e4m3) with a scale per output.
 
-They are quantised from the 16-bit ones on the device that these are on, and kept beside them.
+Either a model has no others (EngineConfig(quantization="fp8")), or prefill's products have them
+beside the 16-bit ones and quantise their inputs as well (prefill="fp8").
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,8 @@ class Fp8Weight:
     values: float8_e4m3fn [outputs, inputs]. scales: float32 [outputs].
     """
 
+    FORMAT: ClassVar[Literal["fp8"]] = "fp8"
+
     values: torch.Tensor
     scales: torch.Tensor
 
@@ -31,6 +36,31 @@ class Fp8Weight:
         scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
         quantize_rows(values, scales, weight)
         return cls(values, scales)
+
+    @classmethod
+    def stack(cls, parts: Sequence[Fp8Weight]) -> Fp8Weight:
+        """Matrices of one width, one below the other."""
+        return cls(
+            torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
+        )
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix [outputs, inputs] in `dtype`, rounded once."""
+        return (self.values.float() * self.scales.unsqueeze(1)).to(dtype)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What kernels take: values, scales."""
+        return [self.values, self.scales]
+
+    @property
+    def outputs(self) -> int:
+        """Rows."""
+        return self.values.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """Columns."""
+        return self.values.shape[1]
 
     @property
     def nbytes(self) -> int:

@@ -53,6 +53,23 @@ def test_a_weight_is_what_it_was_to_half_a_step(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dequantising_rounds_once(dtype: torch.dtype, generator: torch.Generator) -> None:
+    kept = Fp8Weight.of(outliers(generator, 20, 96, dtype=torch.float32))
+    exact = kept.values.double() * kept.scales.double().unsqueeze(1)
+    assert torch.equal(kept.dequantize(dtype), exact.float().to(dtype))
+    values, scales = kept.tensors()
+    assert values is kept.values and scales is kept.scales
+
+
+def test_a_stack_is_its_parts(generator: torch.Generator) -> None:
+    plain = [outliers(generator, rows, 40, dtype=torch.float16) for rows in (3, 1, 9)]
+    stacked = Fp8Weight.stack([Fp8Weight.of(part) for part in plain])
+    whole = Fp8Weight.of(torch.cat(plain))
+    assert torch.equal(stacked.dequantize(torch.float32), whole.dequantize(torch.float32))
+    assert (stacked.outputs, stacked.inputs) == (13, 40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (17, 512, 40)], ids=str)
 def test_products_err_by_no_more_than_their_factors_allow(

@@ -1,0 +1,33 @@
+"""bitsandbytes, whose formats nf4 and int8 are: what quantises 16-bit weights to them.
+
+Only quantising needs the package. Weights that are quantised already are read and multiplied
+without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from llava_engine.errors import KernelsNotBuilt
+
+
+def functional(quantization: str) -> Any:
+    """bitsandbytes.functional. Raises KernelsNotBuilt where the package is not usable."""
+    wanted = f'EngineConfig(quantization="{quantization}")'
+    try:
+        return importlib.import_module("bitsandbytes.functional")
+    except ModuleNotFoundError as error:
+        raise KernelsNotBuilt(
+            f"{wanted} quantises with the bitsandbytes package, which is not installed; install it "
+            '(pip install "llava-engine[quant]"), load a checkpoint that was saved quantised, or '
+            'choose quantization="fp8"'
+        ) from error
+    except Exception as error:
+        raise KernelsNotBuilt(
+            f"{wanted} quantises with the bitsandbytes package, and the installed one cannot be "
+            f'loaded into torch {torch.__version__}; install it again (pip install "'
+            'llava-engine[quant]")'
+        ) from error

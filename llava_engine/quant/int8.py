@@ -1,0 +1,69 @@
+"""Weights in bitsandbytes' 8 bits: whole numbers, with the largest absolute value of each row.
+
+Weights alone: activations keep their type, where bitsandbytes' LLM.int8() quantises them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from llava_engine.quant import bnb
+
+_RECIPROCAL = 7.874015718698502e-3  # of 127, as bitsandbytes has it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Int8Weight:
+    """A matrix whose row i is values[i] * scb[i] / 127.
+
+    values: int8 [outputs, inputs]. scb: float32 [outputs], the rows' largest absolute values.
+    """
+
+    FORMAT: ClassVar[Literal["int8"]] = "int8"
+
+    values: torch.Tensor
+    scb: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Int8Weight:
+        """Quantise a weight [outputs, inputs], float16, bfloat16 or float32, by bitsandbytes.
+
+        It rounds to float16 first. Raises KernelsNotBuilt where that package is missing.
+        """
+        functional = bnb.functional(cls.FORMAT)
+        values, scb, _ = functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        return cls(values, scb)
+
+    @classmethod
+    def stack(cls, parts: Sequence[Int8Weight]) -> Int8Weight:
+        """Matrices of one width, one below the other."""
+        return cls(
+            torch.cat([part.values for part in parts]), torch.cat([part.scb for part in parts])
+        )
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix [outputs, inputs] in `dtype`, to the bit what bitsandbytes makes of it."""
+        return (self.values * self.scb.unsqueeze(1) * _RECIPROCAL).to(dtype)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What kernels take: values, and float32 [outputs] to multiply their rows by."""
+        return [self.values, self.scb * _RECIPROCAL]
+
+    @property
+    def outputs(self) -> int:
+        """Rows."""
+        return self.values.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """Columns."""
+        return self.values.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.values.nbytes + self.scb.nbytes

@@ -1,0 +1,176 @@
+"""Weights in bitsandbytes' NF4: 16 levels, a scale per block of 64, the scales in 8 bits.
+
+Blocks run on from row to row of a checkpoint's tensor, and so do the groups of 256 scales that
+share a scale of their own. Here every row knows its own two groups at most, so that matrices made
+of several tensors' rows need nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+
+from llava_engine.errors import UnsupportedModel
+from llava_engine.quant import bnb
+
+BLOCK = 64
+"""Weights that share a scale."""
+GROUP = 256
+"""Scales that share a scale."""
+
+CODEBOOK = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""The 16 levels (Dettmers et al. 2023, appendix E)."""
+
+
+def fits(inputs: int) -> bool:
+    """Whether rows of so many weights are whole blocks, in two groups at most."""
+    return inputs % BLOCK == 0 and inputs // BLOCK <= GROUP
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Nf4Weight:
+    """A matrix in NF4 with double quantisation; w = level * (code2[absmax] * group + offset).
+
+    codes: uint8 [outputs, inputs / 2], two levels' indices each; the high half is the first.
+    absmax: uint8 [outputs, inputs / 64], the blocks' scales, indices into code2.
+    code2: float32 [256].
+    scales2: float32 [outputs, 4], of each row: its first group's scale; the next group's; the
+        offset; how many scales of the first group are those of earlier rows.
+    """
+
+    FORMAT: ClassVar[Literal["nf4"]] = "nf4"
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    code2: torch.Tensor
+    scales2: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Nf4Weight:
+        """Quantise a weight [outputs, inputs], float16, bfloat16 or float32, by bitsandbytes.
+
+        Raises KernelsNotBuilt where that package is missing, UnsupportedModel as from_flat.
+        """
+        functional = bnb.functional(cls.FORMAT)
+        _require_fit(weight.shape[1])
+        codes, state = functional.quantize_4bit(
+            weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type=cls.FORMAT
+        )
+        return cls.from_flat(
+            codes,
+            state.absmax,
+            state.state2.code,
+            state.state2.absmax,
+            state.offset,
+            inputs=weight.shape[1],
+        )
+
+    @classmethod
+    def from_flat(
+        cls,
+        codes: torch.Tensor,
+        absmax: torch.Tensor,
+        code2: torch.Tensor,
+        absmax2: torch.Tensor,
+        offset: torch.Tensor,
+        *,
+        inputs: int,
+    ) -> Nf4Weight:
+        """A whole tensor as bitsandbytes has it.
+
+        codes: uint8 [weights / 2, 1]. absmax: uint8 [weights / 64]. code2: float32 [256].
+        absmax2: float32, one per 256 of absmax. offset: float32 []. Raises UnsupportedModel unless
+        `inputs` is a multiple of 64 and at most 16384.
+        """
+        _require_fit(inputs)
+        blocks = inputs // BLOCK
+        absmax = absmax.view(-1, blocks)
+        first_block = torch.arange(len(absmax), device=absmax.device) * blocks
+        group = first_block // GROUP
+        scales2 = torch.stack(
+            (
+                absmax2[group],
+                absmax2[(group + 1).clamp(max=len(absmax2) - 1)],
+                offset.expand(len(absmax)),
+                (first_block % GROUP).float(),
+            ),
+            dim=1,
+        )
+        return cls(codes.view(-1, inputs // 2), absmax, code2, scales2)
+
+    @classmethod
+    def stack(cls, parts: Sequence[Nf4Weight]) -> Nf4Weight:
+        """Matrices of one width, one below the other. Raises UnsupportedModel where their code2
+        differ, which bitsandbytes never does."""
+        code2 = parts[0].code2
+        if not all(torch.equal(part.code2, code2) for part in parts[1:]):
+            raise UnsupportedModel("tensors of one fused product have different nested_quant_maps")
+        return cls(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.absmax for part in parts]),
+            code2,
+            torch.cat([part.scales2 for part in parts]),
+        )
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix [outputs, inputs] in `dtype`, to the bit what bitsandbytes makes of it."""
+        device = self.codes.device
+        codebook = torch.tensor(CODEBOOK, device=device)
+        pairs = torch.cartesian_prod(codebook, codebook)  # both levels of every byte
+        levels = F.embedding(self.codes.int(), pairs).view(*self.absmax.shape, BLOCK)
+        return (levels * self.block_scales().unsqueeze(2)).view(self.outputs, -1).to(dtype)
+
+    def block_scales(self) -> torch.Tensor:
+        """The scale of every block, float32 [outputs, inputs / 64]."""
+        first, following, offset, phase = self.scales2.unsqueeze(2).unbind(1)
+        place = phase + torch.arange(self.absmax.shape[1], device=phase.device)
+        group = torch.where(place < GROUP, first, following)
+        return self.code2[self.absmax.int()] * group + offset
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What kernels take: codes, absmax, scales2, code2."""
+        return [self.codes, self.absmax, self.scales2, self.code2]
+
+    @property
+    def outputs(self) -> int:
+        """Rows."""
+        return self.codes.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """Columns."""
+        return self.codes.shape[1] * 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+
+def _require_fit(inputs: int) -> None:
+    if not fits(inputs):
+        raise UnsupportedModel(
+            f"nf4 is for products of a multiple of {BLOCK} inputs, at most {BLOCK * GROUP}; "
+            f"this one has {inputs}"
+        )
