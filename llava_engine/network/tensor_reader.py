@@ -130,6 +130,7 @@ def _read_pieces(
     pieces: deque[_Piece], make_reader: Callable[[], _Reader], read: SimpleQueue[int]
 ) -> None:
     """A thread: take pieces until there are none; puts each one's bytes in `read`, and 0 last."""
+    reader = piece = None
     try:
         reader = make_reader()
         with torch.inference_mode():  # the tensors may have been made in it
@@ -140,7 +141,13 @@ def _read_pieces(
                     return
                 reader.read(piece)
                 read.put(piece.nbytes)
+    except BaseException as error:
+        # Who keeps the error keeps its frames, and with them buffers and the tensor: those of what
+        # was called, and this one.
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
+        reader = piece = None
         pieces.clear()
         read.put(0)
 
