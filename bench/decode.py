@@ -89,7 +89,7 @@ class Bench:
         ids = [1, *placeholder_ids(key, length), *range(question, question + 25)]
         channel = Channel()
         channel.bind(Words(), len(ids), length)
-        channel.on_abort(self.runtime.wake)
+        channel.on_change(self.runtime.wake)
         sampling = SamplingParams(ignore_eos=True)
         picture = Picture(key, 1, length, prepared.pixels)
         self.runtime.submit(

@@ -32,6 +32,7 @@ class Sink:
     """Takes tokens and does nothing with them."""
 
     cancelled = False
+    room = 1 << 30
 
     def start(self, cached_tokens: int) -> None: ...
     def put(self, token_id: int) -> None: ...

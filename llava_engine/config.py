@@ -41,6 +41,8 @@ class EngineConfig:
     kv_cache_mb: a worker's share of the KV cache in MiB; None takes the model's default.
     max_batch: sequences that decode at once.
     prefill_chunk: tokens that one step may prefill, so that a long prompt cannot stall others.
+    max_unread_tokens: of an answer that may wait for their reader, before it is paused until they
+        are read; see ChunkStream. Below 256, decoding is interrupted for all.
     max_model_len: context limit in tokens; None takes the model's.
     image_cache_mb: encoded pictures kept for reuse, in MiB.
     pixel_cache_mb: host memory for the pixels of recent pictures, in MiB, so that the same
@@ -69,7 +71,8 @@ class EngineConfig:
     block_size: int = 64
     kv_cache_mb: int | None = None
     max_batch: int = 64
-    prefill_chunk: int = 1024
+    prefill_chunk: int = 2048
+    max_unread_tokens: int = 1024
     max_model_len: int | None = None
     image_cache_mb: int = 256
     pixel_cache_mb: int = 128
@@ -95,6 +98,7 @@ class EngineConfig:
             "kv_cache_mb",
             "max_batch",
             "prefill_chunk",
+            "max_unread_tokens",
             "max_model_len",
             "max_image_bytes",
             "max_image_pixels",

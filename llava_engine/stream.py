@@ -1,12 +1,14 @@
 """The two ends of a request: `Channel`, which the engine fills, and `ChunkStream`, which is read.
 
 Filling never waits for the reader, and text is made only while reading: the reader's thread
-detokenises, looks for stop strings and, at one, cancels what still runs.
+detokenises, looks for stop strings and, at one, cancels what still runs. What a slow reader has not
+taken yet is bounded, since the runtime fills no channel beyond its `room`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections import deque
@@ -51,8 +53,9 @@ class Channel:
         self._changed = threading.Condition()
         self._tokens: deque[int] = deque()
         self._waiters: list[Callable[[], None]] = []
-        self._on_abort: Callable[[], None] | None = None
+        self._on_change: Callable[[], None] | None = None
         self._detokenizer: Detokenizer | None = None
+        self._max_unread = sys.maxsize
         self._reason: FinishReason | None = None
         self._error: LlavaError | None = None
         self._prompt_tokens = self._image_tokens = self._cached_tokens = 0
@@ -64,6 +67,11 @@ class Channel:
         return self._reason is not None
 
     @property
+    def room(self) -> int:
+        """See TokenSink. Takes no lock: a reader can only make it more meanwhile."""
+        return self._max_unread - len(self._tokens)
+
+    @property
     def reason(self) -> FinishReason | None:
         """How the engine's end was closed; None while it is open."""
         return self._reason
@@ -73,9 +81,17 @@ class Channel:
         """What the stream failed with."""
         return self._error
 
-    def bind(self, detokenizer: Detokenizer, prompt_tokens: int, image_tokens: int) -> None:
-        """The prompt is built: how to make text of the answer, and what the prompt counts."""
+    def bind(
+        self,
+        detokenizer: Detokenizer,
+        prompt_tokens: int,
+        image_tokens: int,
+        max_unread: int = sys.maxsize,
+    ) -> None:
+        """The prompt is built: how to make text of the answer, what the prompt counts, and how many
+        tokens may wait for the reader."""
         with self._changed:
+            self._max_unread = max_unread
             self._detokenizer = detokenizer
             self._prompt_tokens = prompt_tokens
             self._image_tokens = image_tokens
@@ -84,14 +100,15 @@ class Channel:
         """Note that `stage` ("queued", "image") is over; see types.Timings."""
         self._times.setdefault(stage, time.monotonic() - self._born)
 
-    def on_abort(self, callback: Callable[[], None]) -> None:
+    def on_change(self, callback: Callable[[], None]) -> None:
         """Call `callback` when the stream is ended by somebody else than the one who works on it
-        (the reader, the deadline, the pool); at once if it already has ended. It must take no lock,
-        since a garbage collection may run it."""
+        (the reader, the deadline, the pool), at once if it already has ended; and when a reader who
+        was far behind has caught up. It must take no lock, since a garbage collection may run it.
+        """
         with self._changed:
             over = self._reason is not None
             if not over:
-                self._on_abort = callback
+                self._on_change = callback
         if over:
             callback()
 
@@ -144,7 +161,7 @@ class Channel:
             self._reason = reason
             self._error = error
             self.stamp("total")
-            callback, self._on_abort = self._on_abort, None
+            callback, self._on_change = self._on_change, None
             self._wake()
         if abort and callback is not None:
             callback()
@@ -163,7 +180,11 @@ class Channel:
         with self._changed:
             tokens = list(self._tokens)
             self._tokens.clear()
-            return tokens, self._reason, self._error
+            reason, error, callback = self._reason, self._error, self._on_change
+        # From half on: the runtime may have planned for less room than there is now.
+        if callback is not None and 2 * len(tokens) > self._max_unread:
+            callback()
+        return tokens, reason, error
 
     def _news(self) -> bool:
         return bool(self._tokens) or self._reason is not None
@@ -221,6 +242,12 @@ class ChunkStream:
     One reader at a time; `cancel` and `close` may be called from any thread. Every failure of the
     request is raised from here, as a LlavaError. Leaving the stream (`with`, `close`, dropping the
     last reference) cancels what still runs and frees what it held.
+
+    At most EngineConfig.max_unread_tokens wait here for a slow reader. Then the answer is paused,
+    not ended, since to read late is no error, and nobody who asks for many answers and reads them
+    one by one should lose any. A paused answer holds no KV block and no place in the batch, so
+    others run as if it were not there, whoever is read first; it goes on as soon as it is read.
+    One that is never read stays paused until its timeout, if it has any, or until it is closed.
     """
 
     def __init__(self, channel: Channel) -> None:

@@ -156,7 +156,7 @@ def test_only_the_first_end_counts() -> None:
 def test_cancel_wakes_the_reader_and_tells_the_engine_once() -> None:
     end = channel()
     told: list[int] = []
-    end.on_abort(lambda: told.append(1))
+    end.on_change(lambda: told.append(1))
     stream = ChunkStream(end)
     canceller = in_thread(lambda: (wait_for_a_reader(end), stream.cancel()))
     assert list(stream) == []
@@ -172,7 +172,7 @@ def test_a_callback_set_after_the_cancel_is_called_at_once() -> None:
     end = channel()
     end.cancel()
     told: list[int] = []
-    end.on_abort(lambda: told.append(1))
+    end.on_change(lambda: told.append(1))
     assert told == [1]
 
 
@@ -180,7 +180,7 @@ def test_leaving_a_stream_frees_it() -> None:
     for leave in ("with", "async with", "drop"):
         end = channel()
         told: list[str] = []
-        end.on_abort(lambda told=told: told.append("cancelled"))
+        end.on_change(lambda told=told: told.append("cancelled"))
         stream = ChunkStream(end)
         if leave == "with":
             with stream:
@@ -201,7 +201,7 @@ def test_leaving_a_stream_frees_it() -> None:
 def test_a_finished_stream_is_not_cancelled_by_leaving_it() -> None:
     end = channel()
     told: list[int] = []
-    end.on_abort(lambda: told.append(1))
+    end.on_change(lambda: told.append(1))
     with ChunkStream(end) as stream:
         fill(end, "x")
         assert stream.text() == "x"
@@ -211,7 +211,7 @@ def test_a_finished_stream_is_not_cancelled_by_leaving_it() -> None:
 def test_the_deadline_ends_a_stream_that_nobody_fills() -> None:
     end = channel(deadline=time.monotonic() + 0.05)
     told: list[int] = []
-    end.on_abort(lambda: told.append(1))
+    end.on_change(lambda: told.append(1))
     with pytest.raises(RequestTimeout):
         ChunkStream(end).text()
     assert told == [1]
@@ -263,7 +263,7 @@ def test_stop_strings_are_found_across_tokens(text: str, stop: list[str], cuts: 
 def test_a_stop_string_ends_generation_and_counts_only_what_was_used() -> None:
     end = channel(("END",))
     told: list[int] = []
-    end.on_abort(lambda: told.append(1))
+    end.on_change(lambda: told.append(1))
     stream = ChunkStream(end)
     fill(end, "yes END and more", None)
     assert list(stream) == ["yes "]
@@ -298,7 +298,7 @@ def test_only_an_end_from_outside_is_told_to_those_who_work_on_it() -> None:
     ):
         end = Channel()
         told: list[int] = []
-        end.on_abort(lambda told=told: told.append(1))
+        end.on_change(lambda told=told: told.append(1))
         end_it(end)
         assert told == ([] if inside else [1])
 

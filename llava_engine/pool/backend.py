@@ -182,8 +182,13 @@ class ModelBackend:
             self._model_config.image_tokens,
             picture.key,
         )
-        channel.bind(Detokenizer(self._tokenizer), len(prompt.token_ids), prompt.image_length)
-        channel.on_abort(self._runtime.wake)
+        channel.bind(
+            Detokenizer(self._tokenizer),
+            len(prompt.token_ids),
+            prompt.image_length,
+            self._config.max_unread_tokens,
+        )
+        channel.on_change(self._runtime.wake)
         sampling = request.sampling
         self._runtime.submit(
             Sequence(

@@ -142,8 +142,10 @@ class DeviceRuntime:
         return self._weights_bytes + kv + self._features.nbytes
 
     def load(self) -> int:
-        """Sequences that run or wait."""
-        return len(self._scheduler.running) + self._scheduler.num_waiting + self._inbox.qsize()
+        """Sequences that run or wait, be it for their readers."""
+        scheduler = self._scheduler
+        held = len(scheduler.running) + scheduler.num_waiting + len(scheduler.paused)
+        return held + self._inbox.qsize()
 
     def add_worker(self, name: str, kv_bytes: int) -> None:
         """Grow the KV cache by a worker's share, at least one block.
@@ -165,7 +167,7 @@ class DeviceRuntime:
             sequence.sink.fail(self._gone())
 
     def wake(self) -> None:
-        """Look now for sequences whose sink is cancelled. Takes no lock."""
+        """Look now for sequences whose sink is cancelled or has room again. Takes no lock."""
         self._inbox.put(None)
         self._decoder.stop()
 
@@ -272,9 +274,11 @@ class DeviceRuntime:
     def _receive(self) -> None:
         """Take in everything that has arrived; block while there is nothing else to do."""
         idle = not self._scheduler.running and not self._scheduler.num_waiting
+        deadline = self._scheduler.next_deadline() if idle else None  # of one that is paused
+        patience = None if deadline is None else max(0.0, deadline - time.monotonic())
         reap = False
         try:
-            item = self._inbox.get(block=idle)
+            item = self._inbox.get(idle, patience)
             while True:
                 if item is None:
                     reap = True
@@ -330,11 +334,10 @@ class DeviceRuntime:
     def _decode(self, step: list[Scheduled]) -> None:
         """Many steps of decoding alone, until somebody wants something or too few are left."""
         sequences = [entry.sequence for entry in step]
-        steps = self._scheduler.reserve(sequences, RING_STEPS)
-        remaining = [self._scheduler.remaining(sequence) for sequence in sequences]
+        steps, most = self._scheduler.reserve(sequences, RING_STEPS)
         try:
             self._decoder.start(
-                sequences, remaining, steps, until_one_ends=self._scheduler.num_waiting > 0
+                sequences, most, steps, until_one_ends=self._scheduler.num_waiting > 0
             )
         except LOST:
             raise
@@ -350,7 +353,7 @@ class DeviceRuntime:
         logger.warning("Decoding failed; running each sequence alone.", exc_info=failure)
         # What was delivered is right; the rest finds out alone whose failure it was.
         for sequence in sequences:
-            if sequence.status is SequenceStatus.RUNNING:
+            if sequence.status is SequenceStatus.RUNNING and sequence.sink.room > 0:
                 self._run([Scheduled(sequence, 1)])
 
     def _deliver(self) -> Exception | None:

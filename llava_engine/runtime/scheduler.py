@@ -3,6 +3,10 @@
 Continuous batching: sequences join and leave between steps. A step decodes every running sequence
 and prefills at most `prefill_chunk` tokens besides, so a long prompt stalls nobody by more than one
 chunk. Where blocks run out, the last in rank gives its blocks back and is computed again later.
+
+A sequence whose sink has no room left is paused: it gives its place and its blocks back, so that a
+reader who never comes holds up nobody, and waits again, in its old rank, once there is room. What
+its full blocks hold stays in the cache until others need them; mostly little is computed anew.
 Knows no tensor and no thread.
 """
 
@@ -48,6 +52,7 @@ class Scheduler:
         self._arrivals = 0
         self.running: list[Sequence] = []
         self.num_waiting = 0
+        self.paused: set[Sequence] = set()
         # Heaps with lazy deletion: a finished sequence is dropped when it comes up.
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
@@ -87,6 +92,10 @@ class Scheduler:
             if sequence.sink.cancelled:
                 self.finish(sequence, FinishReason.CANCELLED)
                 continue
+            if sequence.sink.room <= 0:
+                self._release(sequence)
+                self._pause(sequence)
+                continue
             decoding = sequence.uncomputed == 1
             num_tokens = 1 if decoding else min(sequence.uncomputed, budget)
             if num_tokens and self._grow(sequence, sequence.computed + num_tokens):
@@ -122,13 +131,16 @@ class Scheduler:
             sequence.max_new_tokens - sequence.completion_len, self._max_model_len - len(sequence)
         )
 
-    def reserve(self, sequences: list[Sequence], max_steps: int) -> int:
+    def reserve(self, sequences: list[Sequence], max_steps: int) -> tuple[int, list[int]]:
         """Give decoding sequences blocks for as many steps as fit, and return how many: at least
         one, for which `schedule` has seen to, and no more than `max_steps` or than any can use.
 
-        Nobody is preempted for it. `trim` takes back what the steps did not use.
+        Also returns how many of them each sequence takes part in at most: it ends then, or its sink
+        may be full. Nobody is preempted for it. `trim` takes back what the steps did not use.
         """
-        limits = [min(max_steps, self.remaining(sequence)) for sequence in sequences]
+        limits = [
+            min(max_steps, self.remaining(sequence), sequence.sink.room) for sequence in sequences
+        ]
 
         def lacking(steps: int) -> list[int]:
             """Blocks that each lacks: the last token it samples needs no place yet."""
@@ -150,7 +162,7 @@ class Scheduler:
                 beyond = steps
         for sequence, count in zip(sequences, lacking(fits), strict=True):
             sequence.block_table += self._pool.allocate(count)
-        return fits
+        return fits, limits
 
     def trim(self) -> None:
         """Take back the blocks that lie behind the running sequences' tokens."""
@@ -176,11 +188,15 @@ class Scheduler:
         sequence.sink.fail(error)
 
     def reap(self) -> None:
-        """Drop every waiting sequence that nobody wants any more. O(waiting): call it on a signal,
-        not in every step; running ones are looked at in `schedule`."""
-        for sequence in self._queued():
+        """Drop every waiting or paused sequence that nobody wants any more, and let the paused that
+        have room again wait. O(both): call it on a signal, not in every step; running ones are
+        looked at in `schedule`."""
+        for sequence in (*self._queued(), *self.paused):
             if sequence.sink.cancelled:
                 self.finish(sequence, FinishReason.CANCELLED)
+        for sequence in [paused for paused in self.paused if paused.sink.room > 0]:
+            self.paused.remove(sequence)
+            self._push(sequence)
         self._waiting = [(sequence.rank, sequence) for sequence in self._queued()]
         heapq.heapify(self._waiting)
         self._deadlines = [
@@ -189,13 +205,14 @@ class Scheduler:
         heapq.heapify(self._deadlines)
 
     def abandon(self) -> list[Sequence]:
-        """Forget every sequence, running or waiting, and return them. Their blocks are not given
+        """Forget every sequence, in whatever state, and return them. Their blocks are not given
         back: after a failure of unknown extent the pool may be no better than the rest."""
-        every = self.running + list(self._queued())
+        every = [*self.running, *self._queued(), *self.paused]
         for sequence in every:
             sequence.status = SequenceStatus.FINISHED
             sequence.features.clear()
         self.running, self._waiting, self._deadlines, self.num_waiting = [], [], [], 0
+        self.paused = set()
         return every
 
     def make_room(self, num_blocks: int) -> None:
@@ -213,6 +230,10 @@ class Scheduler:
         self.num_waiting += 1
         heapq.heappush(self._waiting, (sequence.rank, sequence))
 
+    def _pause(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.PAUSED
+        self.paused.add(sequence)
+
     def _admit(self) -> Sequence | None:
         """Start the first in rank of those that wait, if there are blocks for all its tokens."""
         while self._waiting and len(self.running) < self._max_batch:
@@ -222,6 +243,11 @@ class Scheduler:
                 continue
             if sequence.sink.cancelled:
                 self.finish(sequence, FinishReason.CANCELLED)
+                continue
+            if sequence.sink.room <= 0:  # preempted before it could be paused
+                heapq.heappop(self._waiting)
+                self.num_waiting -= 1
+                self._pause(sequence)
                 continue
             pool, ids = self._pool, sequence.token_ids
             extend_digests(sequence.digests, ids, pool.block_size, sequence.cache_salt)
@@ -271,6 +297,7 @@ class Scheduler:
             self._release(sequence)
         elif sequence.status is SequenceStatus.WAITING:
             self.num_waiting -= 1
+        self.paused.discard(sequence)
         sequence.status = SequenceStatus.FINISHED
 
     def _release(self, sequence: Sequence) -> None:

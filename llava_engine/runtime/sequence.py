@@ -26,6 +26,10 @@ class TokenSink(Protocol):
     def cancelled(self) -> bool:
         """True once nobody wants further tokens."""
 
+    @property
+    def room(self) -> int:
+        """Tokens that it takes before its reader must catch up. Only `put` makes it less."""
+
     def start(self, cached_tokens: int) -> None:
         """The prompt is admitted; `cached_tokens` of it were found in the KV cache."""
 
@@ -44,6 +48,7 @@ class SequenceStatus(enum.Enum):
 
     WAITING = "waiting"  # not admitted yet, or preempted
     RUNNING = "running"  # holds blocks
+    PAUSED = "paused"  # its reader is too far behind; holds no blocks
     FINISHED = "finished"  # holds nothing
 
 

@@ -5,77 +5,20 @@ from __future__ import annotations
 import random
 
 import pytest
+from support.scheduling import (
+    EOS,
+    advance,
+    expected,
+    next_token,
+    scheduler,
+    sequence,
+    sink,
+)
 
-from llava_engine.errors import LlavaError, MemoryExhausted, PromptTooLong, RequestTimeout
-from llava_engine.runtime.kv_cache import BlockPool
-from llava_engine.runtime.scheduler import Scheduled, Scheduler
+from llava_engine.errors import MemoryExhausted, PromptTooLong, RequestTimeout
+from llava_engine.runtime.scheduler import Scheduled
 from llava_engine.runtime.sequence import Sequence, SequenceStatus
 from llava_engine.types import FinishReason, SamplingParams
-
-EOS = 7
-
-
-class Sink:
-    def __init__(self) -> None:
-        self.cancelled = False
-        self.cached: int | None = None
-        self.tokens: list[int] = []
-        self.reason: FinishReason | None = None
-        self.error: LlavaError | None = None
-
-    def start(self, cached_tokens: int) -> None:
-        assert self.cached is None
-        self.cached = cached_tokens
-
-    def put(self, token_id: int) -> None:
-        assert self.reason is None and self.error is None
-        self.tokens.append(token_id)
-
-    def finish(self, reason: FinishReason) -> None:
-        assert self.reason is None and self.error is None
-        self.reason = reason
-
-    def fail(self, error: LlavaError) -> None:
-        assert self.reason is None and self.error is None
-        self.error = error
-
-
-def sequence(prompt: list[int], max_new_tokens: int = 4, **options: object) -> Sequence:
-    sampling = SamplingParams(ignore_eos=bool(options.pop("ignore_eos", False)))
-    return Sequence(
-        list(prompt), (), sampling, max_new_tokens, frozenset({EOS}), Sink(), seed=0, **options
-    )
-
-
-def sink(sequence: Sequence) -> Sink:
-    assert isinstance(sequence.sink, Sink)
-    return sequence.sink
-
-
-def scheduler(blocks: int = 64, block_size: int = 4, **limits: int) -> tuple[Scheduler, BlockPool]:
-    pool = BlockPool(blocks, block_size)
-    options = {"max_batch": 8, "prefill_chunk": 16, "max_model_len": 100, **limits}
-    return Scheduler(pool, **options), pool
-
-
-def next_token(sequence: Sequence) -> int:
-    """A model that any change of the tokens it sees would show: a hash of all of them."""
-    return 8 + sum(i * t for i, t in enumerate(sequence.token_ids, 1)) % 50
-
-
-def advance(scheduler: Scheduler, now: float = 0.0) -> list[Scheduled]:
-    step = scheduler.schedule(now)
-    for entry in step:
-        completes = entry.completes
-        scheduler.complete(entry, next_token(entry.sequence) if completes else None)
-    return step
-
-
-def expected(prompt: list[int], count: int) -> list[int]:
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(8 + sum(i * t for i, t in enumerate(ids, 1)) % 50)
-    return ids[len(prompt) :]
 
 
 def test_a_sequence_is_prefilled_in_chunks_and_then_decodes() -> None:
@@ -276,7 +219,7 @@ def test_blocks_are_reserved_for_the_steps_that_fit_and_taken_back() -> None:
     assert pool.num_free == 3
     # The second needs one more block for its ninth token, and none after that: it ends with its
     # tenth. So the first can have two, and places for 16 tokens.
-    assert plan.reserve([one, two], 100) == 12
+    assert plan.reserve([one, two], 100) == (12, [29, 3])
     assert (len(one.block_table), len(two.block_table), pool.num_free) == (4, 3, 0)
     plan.trim()
     assert (len(one.block_table), len(two.block_table), pool.num_free) == (2, 2, 3)
@@ -288,8 +231,8 @@ def test_no_more_is_reserved_than_asked_for_or_than_anyone_can_use() -> None:
     plan.add(one)
     advance(plan)
     plan.schedule(0.0)
-    assert plan.reserve([one], 2) == 2
-    assert plan.reserve([one], 100) == 6  # the first of seven was sampled
+    assert plan.reserve([one], 2) == (2, [2])
+    assert plan.reserve([one], 100) == (6, [6])  # the first of seven was sampled
     assert len(one.block_table) == 3  # tokens 0 to 9; the last one needs no place
     plan.trim()
     assert len(one.block_table) == 2  # tokens 0 to 4
@@ -318,7 +261,7 @@ def test_runs_of_decoding_change_no_token_and_lose_no_block(seed: int) -> None:
                 plan.complete(entry, next_token(entry.sequence) if completes else None)
             continue
         sequences = [entry.sequence for entry in step]
-        steps = plan.reserve(sequences, chance.choice([1, 3, 256]))
+        steps, most = plan.reserve(sequences, chance.choice([1, 3, 256]))
         assert 1 <= steps <= max(plan.remaining(each) for each in sequences)
         for _ in range(chance.randint(1, steps)):
             for each in sequences:

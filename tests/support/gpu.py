@@ -36,6 +36,7 @@ class Sink:
     def __init__(self, cancel_after: int | None = None) -> None:
         self.cancel_after = cancel_after
         self.cancelled = cancel_after == 0
+        self.room = 1 << 30
         self.cached = 0
         self.tokens: list[int] = []
         self.ended = threading.Event()

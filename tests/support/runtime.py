@@ -27,11 +27,15 @@ CPU = torch.device("cpu")
 
 
 class Sink:
-    """A reader that waits for the end and may lose interest after some tokens."""
+    """A reader that waits for the end and may lose interest after some tokens.
 
-    def __init__(self, cancel_after: int | None = None) -> None:
+    room: tokens that it still takes.
+    """
+
+    def __init__(self, cancel_after: int | None = None, room: int = 1 << 30) -> None:
         self.cancel_after = cancel_after
         self.cancelled = False
+        self.room = room
         self.cached = 0
         self.tokens: list[int] = []
         self.ended = threading.Event()
@@ -42,7 +46,8 @@ class Sink:
         self.cached = cached_tokens
 
     def put(self, token_id: int) -> None:
-        assert not self.ended.is_set()
+        assert not self.ended.is_set() and self.room > 0
+        self.room -= 1
         self.tokens.append(token_id)
         if self.cancel_after is not None and len(self.tokens) >= self.cancel_after:
             self.cancelled = True
@@ -138,6 +143,14 @@ def running(
     thread = made._thread
     made.close()
     assert not thread.is_alive()
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Poll until the condition holds; fail if it does not within half a minute."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it never comes true"
+        time.sleep(0.002)
 
 
 def settled(runtime: DeviceRuntime) -> None:
