@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Protocol
+from queue import Empty, SimpleQueue
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -25,17 +26,28 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""The types that are read, by their names in the files."""
+"""The types of weights that are read, by their names in the files."""
+
+_TYPES = {**DTYPES, "U8": torch.uint8, "I8": torch.int8}
+"""And those of quantised weights, which nothing converts."""
 
 READERS = 8
 PIECE_BYTES = 16 << 20
 """The most that one read takes, and the size of a buffer: 256 MB are pinned in all."""
 
 
+Place: TypeAlias = tuple[StoredTensor, torch.Tensor]
+"""A stored tensor and the one to fill, which has its shape, or is dense and of as many numbers."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Bytes of a file, from `offset` on, and the part of a tensor that they fill."""
+    """Bytes of a file, from `offset` on, and the part of a tensor that they fill.
 
+    step: of read_in_turn.
+    """
+
+    step: int
     file: SafetensorsFile
     offset: int
     nbytes: int
@@ -49,36 +61,59 @@ class _Piece:
 
 
 def read_tensors(
-    places: Iterable[tuple[StoredTensor, torch.Tensor]],
-    device: torch.device,
-    on_read: Callable[[int], None],
+    places: Iterable[Place], device: torch.device, on_read: Callable[[int], None]
 ) -> None:
-    """Fill each tensor, on `device`, from the stored one of its shape; types of DTYPES only.
+    """Fill each tensor, on `device`, from the stored one; types of DTYPES, and bytes as bytes.
 
     on_read: called in this thread with the number of bytes just read. Raises WeightsError where a
     file ends early or cannot be read, and what torch raises where memory is short; then some
     tensors are filled and others not. No thread and no buffer is left either way, and every copy
     has been made.
     """
-    pieces = deque(_pieces(places))
-    if not pieces:
-        return
+    read_in_turn([list(places)], device, on_read, lambda step: None)
+
+
+def read_in_turn(
+    steps: Sequence[Sequence[Place]],
+    device: torch.device,
+    on_read: Callable[[int], None],
+    on_step: Callable[[int], None],
+) -> None:
+    """read_tensors, step after step, while what was read is put to use.
+
+    on_step: called in this thread with the number of a step whose places are filled, as work on the
+    device's current stream will see. The next step is read meanwhile, and the one behind that only
+    when on_step has returned: its places may be the same memory. Raises what on_step raises, too.
+    """
+    pieces = [list(_pieces(index, places)) for index, places in enumerate(steps)]
+    every = [piece for step in pieces for piece in step]
     reader: Callable[[], _Reader]
-    buffer_bytes = max(piece.nbytes for piece in pieces)
-    converts = not all(piece.as_stored for piece in pieces)
+    buffer_bytes = max((piece.nbytes for piece in every), default=0)
+    converts = not all(piece.as_stored for piece in every)
+    uploads = None
     if device.type == "cuda":
-        uploads = _stream_after_current(device)
-        reader, count = (lambda: _PinnedReader(buffer_bytes, uploads)), READERS
+        uploads = stream = _stream_after_current(device)
+        reader, count = (lambda: _PinnedReader(buffer_bytes, stream)), READERS
     else:
         # torch converts with all cores already.
         reader, count = (lambda: _HostReader(buffer_bytes)), 1 if converts else READERS
+
+    def use(step: int) -> None:
+        if uploads is None:
+            on_step(step)
+            return
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(uploads)
+        on_step(step)
+        uploads.wait_stream(current)
+
     try:
-        _run(pieces, reader, min(count, len(pieces)), on_read)
+        _run(pieces, reader, min(count, len(every)), on_read, use)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # those of the readers hold buffers
         raise
     finally:
-        if device.type == "cuda":
+        if uploads is not None:
             uploads.synchronize()
             # What torch's allocators keep for another time: the buffers, and where it converted.
             torch._C._host_emptyCache()
@@ -86,70 +121,86 @@ def read_tensors(
                 torch.cuda.empty_cache()
 
 
-def _pieces(places: Iterable[tuple[StoredTensor, torch.Tensor]]) -> Iterator[_Piece]:
+def _pieces(step: int, places: Iterable[Place]) -> Iterator[_Piece]:
     """The reads to do, in the order of the files' bytes."""
     for stored, tensor in sorted(places, key=lambda place: (place[0].file.name, place[0].offset)):
         if stored.nbytes == 0:
             continue
         rows = tensor.view(-1) if tensor.is_contiguous() else tensor
         row_bytes = stored.nbytes // len(rows)
-        step = max(1, PIECE_BYTES // row_bytes)
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
+        most = max(1, PIECE_BYTES // row_bytes)
+        for start in range(0, len(rows), most):
+            part = rows[start : start + most]
             offset = stored.offset + start * row_bytes
-            yield _Piece(stored.file, offset, len(part) * row_bytes, DTYPES[stored.dtype], part)
+            nbytes = len(part) * row_bytes
+            yield _Piece(step, stored.file, offset, nbytes, _TYPES[stored.dtype], part)
 
 
 def _run(
-    pieces: deque[_Piece],
+    steps: list[list[_Piece]],
     reader: Callable[[], _Reader],
     count: int,
     on_read: Callable[[int], None],
+    on_step: Callable[[int], None],
 ) -> None:
     """Read all pieces with `count` threads; the first thing that goes wrong stops them all."""
-    read: SimpleQueue[int] = SimpleQueue()
+    pieces: SimpleQueue[_Piece | None] = SimpleQueue()
+    read: SimpleQueue[_Piece | None] = SimpleQueue()
+    unread = [len(step) for step in steps]
     futures: list[Future[None]] = []
-    with ThreadPoolExecutor(count, thread_name_prefix="llava-load") as threads:
+
+    def hand_out(step: int) -> None:
+        for piece in steps[step] if step < len(steps) else ():
+            pieces.put(piece)
+
+    def filled(step: int) -> bool:
+        """Wait for the step; false if a thread gave up."""
+        while unread[step]:
+            piece = read.get()
+            if piece is None:
+                return False
+            unread[piece.step] -= 1
+            on_read(piece.nbytes)
+        return True
+
+    with ThreadPoolExecutor(max(1, count), thread_name_prefix="llava-load") as threads:
         try:
+            hand_out(0)
+            hand_out(1)
             for _ in range(count):
                 futures.append(threads.submit(_read_pieces, pieces, reader, read))
-            running = count
-            while running:
-                nbytes = read.get()
-                if nbytes:
-                    on_read(nbytes)
-                else:
-                    running -= 1
+            for step in range(len(steps)):
+                if not filled(step):
+                    break
+                on_step(step)
+                hand_out(step + 2)
         finally:
-            pieces.clear()
+            steps.clear()
+            with suppress(Empty):
+                while True:
+                    pieces.get_nowait()
+            for _ in range(count):
+                pieces.put(None)
     while futures:
         futures.pop().result()  # popped, so that no error's traceback leads back to the error
 
 
 def _read_pieces(
-    pieces: deque[_Piece], make_reader: Callable[[], _Reader], read: SimpleQueue[int]
+    pieces: SimpleQueue[_Piece | None],
+    make_reader: Callable[[], _Reader],
+    read: SimpleQueue[_Piece | None],
 ) -> None:
-    """A thread: take pieces until there are none; puts each one's bytes in `read`, and 0 last."""
-    reader = piece = None
+    """A thread: take pieces up to a None; puts each one that is read in `read`, and None if it
+    cannot go on."""
     try:
         reader = make_reader()
         with torch.inference_mode():  # the tensors may have been made in it
-            while True:
-                try:
-                    piece = pieces.popleft()
-                except IndexError:
-                    return
+            while (piece := pieces.get()) is not None:
                 reader.read(piece)
-                read.put(piece.nbytes)
-    except BaseException as error:
-        # Who keeps the error keeps its frames, and with them buffers and the tensor: those of what
-        # was called, and this one.
-        traceback.clear_frames(error.__traceback__)
+                read.put(piece)
+    except BaseException:
+        read.put(None)
         raise
-    finally:
-        reader = piece = None
-        pieces.clear()
-        read.put(0)
 
 
 class _Reader(Protocol):

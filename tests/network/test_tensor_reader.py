@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -271,3 +272,82 @@ def test_a_reader_that_gets_no_buffer(
         with pytest.raises(MemoryExhausted, match="cpu"):
             load_model(directory, device=CPU, dtype=torch.float16)
     assert not any(model() for model in models)
+
+
+def test_steps_are_used_in_turn_and_every_second_may_have_the_same_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of uneven sizes, one of them empty; what a step found is what its tensors hold."""
+    monkeypatch.setattr(tensor_reader, "PIECE_BYTES", 64)
+    sizes = [100, 3, 0, 57, 200, 1, 90]
+    content = {str(index): torch.randn(size) for index, size in enumerate(sizes)}
+    save_file(content, tmp_path / SINGLE)
+    staging = torch.empty(2, max(sizes))
+    found: list[torch.Tensor] = []
+    told: list[int] = []
+
+    def use(step: int) -> None:
+        assert step == len(found)
+        time.sleep(0.01)  # long enough for a reader that does not wait
+        found.append(staging[step % 2, : sizes[step]].clone())
+
+    with SafetensorsFile(tmp_path / SINGLE) as file:
+        tensor_reader.read_in_turn(
+            [
+                [(file.tensors[str(step)], staging[step % 2, :size])]
+                for step, size in enumerate(sizes)
+            ],
+            CPU,
+            told.append,
+            use,
+        )
+    assert sum(told) == 4 * sum(sizes)
+    for step, expected in enumerate(content.values()):
+        assert torch.equal(found[step], expected)
+
+
+def test_the_next_step_is_read_while_one_is_used(tmp_path: Path) -> None:
+    content = {"a": torch.randn(8), "b": torch.randn(8)}
+    save_file(content, tmp_path / SINGLE)
+    places = {name: torch.zeros(8) for name in content}
+
+    def use(step: int) -> None:
+        until = time.monotonic() + 60
+        while step == 0 and not torch.equal(places["b"], content["b"]):
+            assert time.monotonic() < until, "nothing is read meanwhile"
+            time.sleep(0.001)
+
+    with SafetensorsFile(tmp_path / SINGLE) as file:
+        tensor_reader.read_in_turn(
+            [[(file.tensors[name], place)] for name, place in places.items()],
+            CPU,
+            lambda _: None,
+            use,
+        )
+
+
+def test_a_step_that_cannot_be_used_ends_the_reading(tmp_path: Path) -> None:
+    save_file({"a": torch.randn(8), "b": torch.randn(8), "c": torch.randn(8)}, tmp_path / SINGLE)
+    before = open_things()
+
+    def use(step: int) -> None:
+        raise ValueError(step)
+
+    with (
+        pytest.raises(ValueError, match="0"),
+        SafetensorsFile(tmp_path / SINGLE) as file,
+    ):
+        tensor_reader.read_in_turn(
+            [[(file.tensors[name], torch.empty(8))] for name in "abc"], CPU, lambda _: None, use
+        )
+    assert open_things() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
+def test_bytes_are_read_as_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Into a place of another shape, too: codes are stored as one column."""
+    content = torch.arange(-128, 128).to(dtype).view(256, 1)
+    save_file({"a": content}, tmp_path / SINGLE)
+    place = torch.zeros(4, 64, dtype=dtype)
+    filled(tmp_path / SINGLE, {"a": place})
+    assert torch.equal(place.view(256, 1), content)
