@@ -145,7 +145,7 @@ def _run(
 ) -> None:
     """Read all pieces with `count` threads; the first thing that goes wrong stops them all."""
     pieces: SimpleQueue[_Piece | None] = SimpleQueue()
-    read: SimpleQueue[_Piece | None] = SimpleQueue()
+    read: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
     unread = [len(step) for step in steps]
     futures: list[Future[None]] = []
 
@@ -156,11 +156,12 @@ def _run(
     def filled(step: int) -> bool:
         """Wait for the step; false if a thread gave up."""
         while unread[step]:
-            piece = read.get()
-            if piece is None:
+            done = read.get()
+            if done is None:
                 return False
-            unread[piece.step] -= 1
-            on_read(piece.nbytes)
+            of_step, nbytes = done
+            unread[of_step] -= 1
+            on_read(nbytes)
         return True
 
     with ThreadPoolExecutor(max(1, count), thread_name_prefix="llava-load") as threads:
@@ -188,17 +189,22 @@ def _run(
 def _read_pieces(
     pieces: SimpleQueue[_Piece | None],
     make_reader: Callable[[], _Reader],
-    read: SimpleQueue[_Piece | None],
+    read: SimpleQueue[tuple[int, int] | None],
 ) -> None:
-    """A thread: take pieces up to a None; puts each one that is read in `read`, and None if it
+    """A thread: take pieces up to a None; puts each one's step and bytes in `read`, and None if it
     cannot go on."""
+    reader = piece = None
     try:
         reader = make_reader()
         with torch.inference_mode():  # the tensors may have been made in it
             while (piece := pieces.get()) is not None:
                 reader.read(piece)
-                read.put(piece)
-    except BaseException:
+                read.put((piece.step, piece.nbytes))
+    except BaseException as error:
+        # Who keeps the error keeps its frames, and with them buffers and the tensor: those of what
+        # was called, and this one.
+        traceback.clear_frames(error.__traceback__)
+        reader = piece = None
         read.put(None)
         raise
 
