@@ -19,4 +19,13 @@ void linear_out(const Tensor& out, const Tensor& input, const Tensor& weight,
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+Tensor index_select(const Tensor& rows, const Tensor& which) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(rows),
+                                    torch::stable::detail::from(int64_t{0}),
+                                    torch::stable::detail::from(which)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 }  // namespace llava_engine

@@ -43,14 +43,151 @@ Rows fp8_rows(const Tensor& like, int64_t columns) {
           empty(like, {like.size(0)}, ScalarType::Float)};
 }
 
+// The matrices of all layers, and what their sizes say.
+struct Weights {
+  const std::vector<Tensor>& parts;
+  const std::vector<Tensor>& fp8;  // of each product values and scales, or nothing
+  int64_t q_heads, kv_heads, dim, wide;
+  double eps;
+
+  const Tensor& part(int64_t layer, Layer::Part which) const {
+    return parts[layer * Layer::kParts + which];
+  }
+};
+
+// Rows on their way through the layers, and where their products go. How many they are says how they
+// are multiplied.
+class Residual {
+ public:
+  Residual(const Weights& weights, const Tensor& residual)
+      : weights_(weights), residual_(residual), rows_(residual.size(0)) {
+    const int64_t hidden = residual.size(1), dim = weights.dim, heads = weights.q_heads;
+    x_ = empty(residual, {rows_, hidden});
+    const bool takes = dim == kHeadDim && matmul_takes(x_, weights.part(0, Layer::kQkv));
+    in_fp8_ = takes && !weights.fp8.empty() && rows_ >= kFp8Rows;
+    ours_ = in_fp8_ || (takes && rows_ >= kManyRows);
+    gate_up_ours_ = ours_ || (takes && rows_ >= kGateUpRows);
+    activated_ = empty(residual, {rows_, weights.wide});
+    gate_up_ = empty(residual, {gate_up_ours_ ? 0 : rows_, 2 * weights.wide});
+    pending_ = empty(residual, {ours_ ? 0 : rows_, hidden});
+    normal_.values = x_;
+    active_.values = activated_;
+    if (in_fp8_) {
+      normal_ = fp8_rows(residual, hidden);
+      heads_ = fp8_rows(residual, heads * dim);
+      active_ = fp8_rows(residual, weights.wide);
+    }
+  }
+
+  // Up to the attention, which `attend`(q, attended) is; the keys and values go to the caches.
+  template <typename F>
+  void attend(int64_t layer, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cos_sin,
+              const Tensor& positions, const Tensor& slot_mapping, F&& attend) {
+    const int64_t dim = weights_.dim, q_heads = weights_.q_heads, kv_heads = weights_.kv_heads;
+    if (!attended_.has_value()) {
+      attended_ = empty(residual_, {rows_, q_heads, dim});
+      // With our products queries alone, and nothing that is to be added later.
+      qkv_ = empty(residual_, {rows_, ours_ ? q_heads : q_heads + 2 * kv_heads, dim});
+    }
+    const Tensor q = torch::stable::narrow(*qkv_, 1, 0, q_heads);
+    normalise(weights_.part(layer, Layer::kInputNorm));
+    if (ours_) {
+      matmul_rope_append(q, k_cache, v_cache, normal_.values,
+                         matrix(layer, Layer::kQkv, Layer::kQkvProduct), normal_.scales,
+                         scales(layer, Layer::kQkvProduct), cos_sin, positions, slot_mapping);
+    } else {
+      linear_out(torch::stable::view(*qkv_, {rows_, qkv_->size(1) * dim}), x_,
+                 weights_.part(layer, Layer::kQkv), {});
+      rope_append(q, torch::stable::narrow(*qkv_, 1, q_heads, kv_heads),
+                  torch::stable::narrow(*qkv_, 1, q_heads + kv_heads, kv_heads), cos_sin,
+                  positions, slot_mapping, k_cache, v_cache);
+    }
+    attend(q, *attended_);
+  }
+
+  // What follows the attention.
+  void finish(int64_t layer) {
+    const Tensor attended =
+        torch::stable::view(*attended_, {rows_, weights_.q_heads * weights_.dim});
+    if (!in_fp8_) heads_.values = attended;
+    add_product(layer, attended, heads_, Layer::kOut, Layer::kOutProduct);
+    normalise(weights_.part(layer, Layer::kPostNorm));
+    if (gate_up_ours_) {
+      matmul_silu_mul(activated_, normal_.values,
+                      matrix(layer, Layer::kGateUp, Layer::kGateUpProduct), normal_.scales,
+                      scales(layer, Layer::kGateUpProduct));
+    } else {
+      linear_out(gate_up_, x_, weights_.part(layer, Layer::kGateUp), {});
+      silu_mul(activated_, gate_up_);
+    }
+    add_product(layer, activated_, active_, Layer::kDown, Layer::kDownProduct);
+  }
+
+  // Some of the rows, where they stand between the two.
+  Residual some(const Tensor& rows) const {
+    Residual few(weights_, index_select(residual_, rows));
+    few.attended_ = index_select(*attended_, rows);
+    return few;
+  }
+
+  void norm_to(const Tensor& out, const Tensor& weight) {
+    if (is_pending_) {
+      add_rms_norm(out, residual_, pending_, weight, weights_.eps);
+    } else {
+      rms_norm(out, residual_, weight, weights_.eps);
+    }
+    is_pending_ = false;
+  }
+
+ private:
+  const Tensor& matrix(int64_t layer, Layer::Part which, Layer::Product product) const {
+    return in_fp8_ ? weights_.fp8[(layer * Layer::kProducts + product) * 2]
+                   : weights_.part(layer, which);
+  }
+
+  Scales scales(int64_t layer, Layer::Product product) const {
+    if (!in_fp8_) return {};
+    return weights_.fp8[(layer * Layer::kProducts + product) * 2 + 1];
+  }
+
+  void normalise(const Tensor& weight) {
+    if (in_fp8_) {
+      rms_norm_fp8(normal_.values, *normal_.scales, residual_, weight, weights_.eps);
+    } else {
+      norm_to(x_, weight);
+    }
+  }
+
+  void add_product(int64_t layer, const Tensor& from, const Rows& from_rows, Layer::Part which,
+                   Layer::Product product) {
+    if (in_fp8_) quantize_rows(from_rows.values, *from_rows.scales, from);
+    if (ours_) {
+      matmul_add(residual_, from_rows.values, matrix(layer, which, product), {}, from_rows.scales,
+                 scales(layer, product));
+    } else {
+      linear_out(pending_, from, weights_.part(layer, which), {});
+      is_pending_ = true;
+    }
+  }
+
+  const Weights& weights_;
+  Tensor residual_;
+  int64_t rows_;
+  bool in_fp8_, ours_, gate_up_ours_;
+  bool is_pending_ = false;  // whether `pending_` is still to be added to the residual
+  Tensor x_, activated_, gate_up_, pending_;
+  std::optional<Tensor> qkv_, attended_;
+  Rows normal_, heads_, active_;
+};
+
 }  // namespace
 
 void decoder_layers(Tensor out, Tensor residual, std::vector<Tensor> k_caches,
                     std::vector<Tensor> v_caches, std::vector<Tensor> weights,
                     std::vector<Tensor> fp8, Tensor final_norm, Tensor cos_sin, Tensor positions,
                     Tensor slot_mapping, Tensor block_table, Tensor query_start,
-                    Tensor context_lens, Tensor workspace, int64_t max_query_len, double scale,
-                    double eps) {
+                    Tensor context_lens, std::optional<Tensor> wanted, Tensor workspace,
+                    int64_t max_query_len, double scale, double eps) {
   const int64_t layers = static_cast<int64_t>(k_caches.size());
   STD_TORCH_CHECK(residual.dim() == 2 && layers > 0, "there must be rows and layers");
   STD_TORCH_CHECK(v_caches.size() == k_caches.size() &&
@@ -58,93 +195,37 @@ void decoder_layers(Tensor out, Tensor residual, std::vector<Tensor> k_caches,
                       (fp8.empty() ||
                        fp8.size() == static_cast<size_t>(layers * 2 * Layer::kProducts)),
                   "caches, weights and float8 weights are not those of so many layers");
-  const int64_t rows = residual.size(0), hidden = residual.size(1);
-  if (rows == 0) return;
-  const int64_t dim = cos_sin.size(1), kv_heads = k_caches[0].size(1);
-  const int64_t q_heads = weights[Layer::kOut].size(1) / dim;
-  const int64_t wide = weights[Layer::kDown].size(1);
-
-  Tensor x = empty(residual, {rows, hidden});
-  const bool takes = dim == kHeadDim && matmul_takes(x, weights[Layer::kQkv]);
-  const bool in_fp8 = takes && !fp8.empty() && rows >= kFp8Rows;
-  const bool ours = in_fp8 || (takes && rows >= kManyRows);
-  const bool gate_up_ours = ours || (takes && rows >= kGateUpRows);
-  Tensor attended = empty(residual, {rows, q_heads, dim});
-  Tensor attended_rows = torch::stable::view(attended, {rows, q_heads * dim});
-  Tensor activated = empty(residual, {rows, wide});
-  // With our products queries alone, and nothing that is to be added later.
-  Tensor qkv = empty(residual, {rows, ours ? q_heads : q_heads + 2 * kv_heads, dim});
-  Tensor q = torch::stable::narrow(qkv, 1, 0, q_heads);
-  Tensor gate_up = empty(residual, {gate_up_ours ? 0 : rows, 2 * wide});
-  Tensor pending = empty(residual, {ours ? 0 : rows, hidden});
-  bool is_pending = false;
-  Rows normal{x, {}}, heads{attended_rows, {}}, active{activated, {}};
-  if (in_fp8) {
-    normal = fp8_rows(residual, hidden);
-    heads = fp8_rows(residual, q_heads * dim);
-    active = fp8_rows(residual, wide);
-  }
-
-  const auto normalise = [&](const Tensor& weight) {
-    if (in_fp8) {
-      rms_norm_fp8(normal.values, *normal.scales, residual, weight, eps);
-    } else if (is_pending) {
-      add_rms_norm(x, residual, pending, weight, eps);
-    } else {
-      rms_norm(x, residual, weight, eps);
-    }
-    is_pending = false;
+  if (residual.size(0) == 0) return;
+  const int64_t dim = cos_sin.size(1);
+  const Weights all{weights,
+                    fp8,
+                    weights[Layer::kOut].size(1) / dim,
+                    k_caches[0].size(1),
+                    dim,
+                    weights[Layer::kDown].size(1),
+                    eps};
+  Residual every(all, residual);
+  const auto attend = [&](int64_t layer) {
+    every.attend(layer, k_caches[layer], v_caches[layer], cos_sin, positions, slot_mapping,
+                  [&](const Tensor& q, const Tensor& attended) {
+                    paged_attention(attended, q, k_caches[layer], v_caches[layer], block_table,
+                                    query_start, context_lens, workspace, max_query_len, scale);
+                  });
   };
-  const auto add_product = [&](const Tensor& from, const Rows& from_rows, const Tensor& weight,
-                               const Scales& weight_scales) {
-    if (in_fp8) quantize_rows(from_rows.values, *from_rows.scales, from);
-    if (ours) {
-      matmul_add(residual, from_rows.values, weight, {}, from_rows.scales, weight_scales);
-    } else {
-      linear_out(pending, from, weight, {});
-      is_pending = true;
-    }
+  for (int64_t layer = 0; layer < layers - 1; ++layer) {
+    attend(layer);
+    every.finish(layer);
+  }
+  attend(layers - 1);
+  const auto finish = [&](Residual& rows) {
+    rows.finish(layers - 1);
+    rows.norm_to(out, final_norm);
   };
-
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const Tensor* part = weights.data() + layer * Layer::kParts;
-    const auto weight_of = [&](Layer::Part which, Layer::Product product) {
-      return in_fp8 ? fp8[(layer * Layer::kProducts + product) * 2] : part[which];
-    };
-    const auto scales_of = [&](Layer::Product product) {
-      return in_fp8 ? Scales(fp8[(layer * Layer::kProducts + product) * 2 + 1]) : Scales();
-    };
-    normalise(part[Layer::kInputNorm]);
-    if (ours) {
-      matmul_rope_append(q, k_caches[layer], v_caches[layer], normal.values,
-                         weight_of(Layer::kQkv, Layer::kQkvProduct), normal.scales,
-                         scales_of(Layer::kQkvProduct), cos_sin, positions, slot_mapping);
-    } else {
-      linear_out(torch::stable::view(qkv, {rows, qkv.size(1) * dim}), x, part[Layer::kQkv], {});
-      rope_append(q, torch::stable::narrow(qkv, 1, q_heads, kv_heads),
-                  torch::stable::narrow(qkv, 1, q_heads + kv_heads, kv_heads), cos_sin, positions,
-                  slot_mapping, k_caches[layer], v_caches[layer]);
-    }
-    paged_attention(attended, q, k_caches[layer], v_caches[layer], block_table, query_start,
-                    context_lens, workspace, max_query_len, scale);
-    add_product(attended_rows, heads, weight_of(Layer::kOut, Layer::kOutProduct),
-                scales_of(Layer::kOutProduct));
-    normalise(part[Layer::kPostNorm]);
-    if (gate_up_ours) {
-      matmul_silu_mul(activated, normal.values, weight_of(Layer::kGateUp, Layer::kGateUpProduct),
-                      normal.scales, scales_of(Layer::kGateUpProduct));
-    } else {
-      linear_out(gate_up, x, part[Layer::kGateUp], {});
-      silu_mul(activated, gate_up);
-    }
-    add_product(activated, active, weight_of(Layer::kDown, Layer::kDownProduct),
-                scales_of(Layer::kDownProduct));
-  }
-  if (is_pending) {
-    add_rms_norm(out, residual, pending, final_norm, eps);
-  } else {
-    rms_norm(out, residual, final_norm, eps);
-  }
+  if (!wanted.has_value()) return finish(every);
+  // The others have left their keys and values, which is all that is ever asked of them.
+  if (wanted->size(0) == 0) return;
+  Residual some = every.some(*wanted);
+  finish(some);
 }
 
 }  // namespace llava_engine

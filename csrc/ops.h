@@ -51,8 +51,8 @@ void decoder_layers(Tensor out, Tensor residual, std::vector<Tensor> k_caches,
                     std::vector<Tensor> v_caches, std::vector<Tensor> weights,
                     std::vector<Tensor> fp8, Tensor final_norm, Tensor cos_sin, Tensor positions,
                     Tensor slot_mapping, Tensor block_table, Tensor query_start,
-                    Tensor context_lens, Tensor workspace, int64_t max_query_len, double scale,
-                    double eps);
+                    Tensor context_lens, std::optional<Tensor> wanted, Tensor workspace,
+                    int64_t max_query_len, double scale, double eps);
 
 // activation.cu
 void silu_mul(Tensor out, Tensor gate_up);

@@ -33,6 +33,7 @@ def decoder_layers(
     block_table: torch.Tensor,
     query_start: torch.Tensor,
     context_lens: torch.Tensor,
+    wanted: torch.Tensor | None,
     workspace: torch.Tensor,
     max_query_len: int,
     scale: float,
@@ -40,7 +41,9 @@ def decoder_layers(
 ) -> None:
     """Rows through every layer and the final norm; their keys and values are put into the caches.
 
-    out, residual: [T, hidden], the rows after the final norm, and the rows, which are changed.
+    residual: [T, hidden], the rows, which are changed. out: [R, hidden], those that are `wanted`,
+    int64 [R], after the final norm; or all, with None. Of the others the last layer only makes keys
+    and values.
     k_caches, v_caches: a layer's each. weights: PARTS tensors of each layer, matrices without
     biases; the activation is SiLU. fp8: of each layer's four matrices the values and scales of
     quant.fp8, which serve from 128 rows on, or nothing. The rest is as in rope_append (positions to
@@ -60,6 +63,7 @@ def decoder_layers(
         block_table,
         query_start,
         context_lens,
+        wanted,
         workspace,
         max_query_len,
         scale,
@@ -81,6 +85,7 @@ def _decoder_layers_reference(
     block_table: torch.Tensor,
     query_start: torch.Tensor,
     context_lens: torch.Tensor,
+    wanted: torch.Tensor | None,
     workspace: torch.Tensor,
     max_query_len: int,
     scale: float,
@@ -142,13 +147,13 @@ def _decoder_layers_reference(
         matmul_silu_mul(activated, values, weight, *scales)
         values, weight, *scales = product(layer, 3, down, activated)
         matmul_add(residual, values, weight, None, *scales)
-    rms_norm(out, residual, final_norm, eps)
+    rms_norm(out, residual if wanted is None else residual[wanted], final_norm, eps)
 
 
 _decoder_layers = define(
     "decoder_layers(Tensor(a!) out, Tensor(b!) residual, Tensor(c!)[] k_caches, "
     "Tensor(d!)[] v_caches, Tensor[] weights, Tensor[] fp8, Tensor final_norm, Tensor cos_sin, "
     "Tensor positions, Tensor slot_mapping, Tensor block_table, Tensor query_start, "
-    "Tensor context_lens, Tensor workspace, int max_query_len, float scale, float eps) -> ()",
+    "Tensor context_lens, Tensor? wanted, Tensor workspace, int max_query_len, float scale, float eps) -> ()",
     _decoder_layers_reference,
 )

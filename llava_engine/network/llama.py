@@ -82,13 +82,16 @@ class LlamaDecoder:
         batch: Batch,
         k_caches: list[torch.Tensor],
         v_caches: list[torch.Tensor],
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """embeds [T, hidden] to [T, hidden] after the final norm; fills the batch's cache slots."""
-        residual = embeds.clone()
-        x = torch.empty_like(residual)
+        """embeds [T, hidden], which are overwritten, to [T, hidden] after the final norm, or of
+        these the `wanted` rows, int64 [R]; fills the batch's cache slots."""
+        residual = embeds
         if self._plain and batch.dense is None:
+            rows = len(residual) if wanted is None else len(wanted)
+            out = residual.new_empty(rows, residual.shape[1])
             decoder_layers(
-                x,
+                out,
                 residual,
                 k_caches,
                 v_caches,
@@ -101,12 +104,14 @@ class LlamaDecoder:
                 batch.block_table,
                 batch.query_start,
                 batch.context_lens,
+                wanted,
                 self._workspace,
                 batch.max_query_len,
                 self._scale,
                 self._eps,
             )
-            return x
+            return out
+        x = torch.empty_like(residual)
         rms_norm(x, residual, self._layers[0].input_norm, self._eps)
         next_norms = [layer.input_norm for layer in self._layers[1:]] + [self.norm]
         for layer, next_norm, k_cache, v_cache in zip(
@@ -115,7 +120,7 @@ class LlamaDecoder:
             attended = layer.attend(x, batch, self._cos_sin, k_cache, v_cache)
             add_rms_norm(x, residual, attended, layer.post_norm, self._eps)
             add_rms_norm(x, residual, layer.mlp(x), next_norm, self._eps)
-        return x
+        return x if wanted is None else x[wanted]
 
     def decode(
         self,

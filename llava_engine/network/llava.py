@@ -80,13 +80,15 @@ class LlavaModel:
         batch: Batch,
         k_caches: list[torch.Tensor],
         v_caches: list[torch.Tensor],
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embedding rows [T, hidden] to hidden rows [T, hidden], after the final norm.
+        """Embedding rows [T, hidden], which are overwritten, to hidden rows after the final norm:
+        [T, hidden], or the `wanted` ones, int64 [R].
 
         k_caches, v_caches: one [num_blocks, kv_heads, block_size, head_dim] per layer; the batch's
         keys and values are written to them.
         """
-        return self._decoder(embeds, batch, k_caches, v_caches)
+        return self._decoder(embeds, batch, k_caches, v_caches, wanted)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden rows [R, hidden] to float32 [R, vocab_size]."""

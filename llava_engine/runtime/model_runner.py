@@ -68,10 +68,10 @@ class ModelRunner:
         last, *sampling = there[len(arrays) :]
         embeds, batch = self._embed(step, there[0]), self._batch(arrays, there)
         with programmatic_launch(self._overlap):
-            hidden = self._model.forward(embeds, batch, self._cache.keys, self._cache.values)
+            hidden = self._model.forward(embeds, batch, self._cache.keys, self._cache.values, last)
         tokens: list[int | None] = [None] * len(step)
         if complete:
-            sampled = self._sampler(self._model.logits(hidden[last]), sampling)
+            sampled = self._sampler(self._model.logits(hidden), sampling)
             for row, token in zip(complete, sampled.tolist(), strict=True):
                 tokens[row] = token
         return tokens

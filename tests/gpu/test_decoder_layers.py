@@ -38,7 +38,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def prefilled(model: LlavaModel, embeds: torch.Tensor) -> torch.Tensor:
+def prefilled(
+    model: LlavaModel, embeds: torch.Tensor, wanted: torch.Tensor | None = None
+) -> torch.Tensor:
     """Hidden rows of one sequence, over blocks that are dealt out of order."""
     rows, text = len(embeds), model.config.text
     count = -(-rows // BLOCK_SIZE)
@@ -56,7 +58,7 @@ def prefilled(model: LlavaModel, embeds: torch.Tensor) -> torch.Tensor:
         context_lens=torch.tensor([rows], dtype=torch.int32, device=GPU),
         max_query_len=rows,
     )
-    return model.forward(embeds, batch, *caches)
+    return model.forward(embeds.clone(), batch, *caches, wanted)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["16-bit", "fp8"])
@@ -88,3 +90,8 @@ def test_every_number_of_rows_gives_transformers_rows(
     for rows in ROWS:
         hidden = prefilled(ours, given[:rows])
         within_twice(hidden, plain[:rows], truth[:rows])  # causal: the first rows of more
+        wanted = torch.tensor([rows - 1, 5, 17], device=GPU)
+        some = prefilled(ours, given[:rows], wanted)
+        within_twice(some, plain[wanted], truth[wanted])
+        none = prefilled(ours, given[:rows], wanted[:0])
+        assert none.shape == (0, TEXT["hidden_size"])
