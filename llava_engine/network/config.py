@@ -14,6 +14,7 @@ from typing import Any
 
 from llava_engine.errors import ModelError, UnsupportedModel
 from llava_engine.network.layers import ACTIVATIONS
+from llava_engine.quant import Format
 
 _FILE = "config.json"
 # Far above every real model, and low enough that no product of sizes overflows 64 bits.
@@ -95,6 +96,7 @@ class LlavaConfig:
     drop_class_token: whether the class token's row is left out (vision_feature_select_strategy
         "default"; "full" keeps it).
     image_token_id: the vocabulary's placeholder for a picture's rows.
+    quantization: in which its matrices were saved, as far as they were quantised.
     """
 
     text: TextConfig
@@ -105,6 +107,7 @@ class LlavaConfig:
     projector_hidden_act: str
     image_token_id: int
     tie_word_embeddings: bool
+    quantization: Format | None = None
 
     @property
     def image_tokens(self) -> int:
@@ -201,8 +204,6 @@ class _Section:
 
 def _llava(top: _Section) -> LlavaConfig:
     top.choice("model_type", None, ("llava",))
-    if "quantization_config" in top:
-        raise UnsupportedModel(f"{top.where('quantization_config')}: the weights are quantised")
     text_section = top.section("text_config")
     text = _text(text_section)
     vision = _vision(top.section("vision_config", _DEFAULT_VISION))
@@ -227,7 +228,33 @@ def _llava(top: _Section) -> LlavaConfig:
         image_token_id=image_token_id,
         tie_word_embeddings=top.flag("tie_word_embeddings", False)
         or text_section.flag("tie_word_embeddings", False),
+        quantization=_quantization(top.section("quantization_config"))
+        if "quantization_config" in top
+        else None,
     )
+
+
+def _quantization(section: _Section) -> Format:
+    """bitsandbytes' settings as transformers saves them.
+
+    Which modules were left out (llm_int8_skip_modules) shows in the tensors, and how activations
+    would be treated (llm_int8_threshold, bnb_4bit_compute_dtype) is of no concern here.
+    """
+    section.choice("quant_method", "bitsandbytes", ("bitsandbytes",))
+    if section.flag("load_in_8bit", False):
+        if section.flag("llm_int8_has_fp16_weight", False):
+            raise UnsupportedModel(f"{section.where('llm_int8_has_fp16_weight')} is true")
+        return "int8"
+    if not section.flag("load_in_4bit", False):
+        raise UnsupportedModel(f"{section.where('load_in_4bit')}: neither 4 bits nor 8")
+    section.choice("bnb_4bit_quant_type", "fp4", ("nf4",))
+    section.choice("bnb_4bit_quant_storage", "uint8", ("uint8",))
+    if not section.flag("bnb_4bit_use_double_quant", False):
+        raise UnsupportedModel(
+            f"{section.where('bnb_4bit_use_double_quant')} is false; only NF4 with double "
+            "quantisation is implemented"
+        )
+    return "nf4"
 
 
 def _feature_layers(top: _Section, num_layers: int) -> tuple[int, ...]:

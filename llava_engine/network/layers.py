@@ -6,7 +6,7 @@ of them that a checkpoint's tensors go to, which is how several tensors become o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from llava_engine.kernels.norm import add_layer_norm, layer_norm
+from llava_engine.quant import Format, QuantisedWeight
 from llava_engine.quant.fp8 import Fp8Weight
 
 Slot: TypeAlias = tuple[str, torch.Tensor]
@@ -40,41 +41,71 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """The activations that are implemented, under transformers' names."""
 
 
+FormatOf: TypeAlias = Callable[[Iterable[str], int], Format | None]
+"""The format of a decoder's product, by the names of its matrices and its inputs."""
+
+
+def unquantised(names: Iterable[str], inputs: int) -> None:
+    """The FormatOf that leaves every product in the model's own type."""
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where and in which type a model's tensors are made."""
+    """Where and in which type a model's tensors are made.
+
+    format: of the products that may be quantised, which are the decoder's.
+    """
 
     device: torch.device
     dtype: torch.dtype
+    format: FormatOf = unquantised
 
     def empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, device=self.device, dtype=self.dtype)
 
 
 class Linear:
-    """y = x @ weight.T + bias. weight: [outputs, inputs]; bias: [outputs] or None.
+    """y = x @ weight.T + bias, of `inputs` to `outputs` numbers. bias: [outputs] or None.
 
-    fp8: the weight once more in 8 bits, where `quantize` made it.
+    The weight is there once: as `weight` [outputs, inputs], or where there is a format as
+    `quantised`, which network.weights sets. fp8: the former once more in 8 bits, where
+    quantize_for_prefill made it.
     """
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, place: Placement) -> None:
-        self.weight = place.empty(outputs, inputs)
+    def __init__(
+        self, inputs: int, outputs: int, bias: bool, place: Placement, format: Format | None = None
+    ) -> None:
+        self.inputs, self.outputs = inputs, outputs
+        self.format = format
         self.bias = place.empty(outputs) if bias else None
+        self.quantised: QuantisedWeight | None = None
         self.fp8: Fp8Weight | None = None
+        self._weight = None if format else place.empty(outputs, inputs)
 
-    def quantize(self) -> None:
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of a product without a format."""
+        assert self._weight is not None, "the weight is quantised"
+        return self._weight
+
+    def quantize_for_prefill(self) -> None:
         """Make `fp8` of the weight, unless it is there: captured graphs have its address."""
         if self.fp8 is None:
             self.fp8 = Fp8Weight.of(self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        if self.format is None:
+            return F.linear(x, self.weight, self.bias)
+        assert self.quantised is not None, "the weight is not loaded"
+        return F.linear(x, self.quantised.dequantize(x.dtype), self.bias)
 
     def slots(self, parts: dict[str, int]) -> Iterator[Slot]:
-        """The checkpoint's matrices stacked here; `parts` has their names and output sizes."""
+        """The checkpoint's tensors stacked here, but for a quantised weight; `parts` has the
+        matrices' names and output sizes."""
         start = 0
         for name, outputs in parts.items():
-            yield f"{name}.weight", self.weight[start : start + outputs]
+            if self.format is None:
+                yield f"{name}.weight", self.weight[start : start + outputs]
             if self.bias is not None:
                 yield f"{name}.bias", self.bias[start : start + outputs]
             start += outputs

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -61,16 +62,23 @@ class LlamaDecoder:
         )
         self._workspace, self._scale = workspace, config.head_dim**-0.5
         self._head_dim = config.head_dim
-        self._layers = [_Layer(config, place, workspace) for _ in range(config.num_layers)]
+        self._layers = [
+            _Layer(config, place, workspace, f"{PREFIX}.layers.{index}")
+            for index in range(config.num_layers)
+        ]
         self.norm = place.empty(config.hidden_size)
         self._plain = all(layer.plain for layer in self._layers)
-        self._weights = [tensor for layer in self._layers for tensor in layer.weights()]
+        self._quantised = any(True for _ in self.quantised())
         self._fp8: list[torch.Tensor] = []
         self.fused_rows = min(layer.fused_rows for layer in self._layers)
         """The most sequences that `decode` takes."""
         self._cos_sin = cos_sin_table(
             config.rope, config.head_dim, config.max_position_embeddings, place.device
         )
+
+    @cached_property
+    def _weights(self) -> list[torch.Tensor]:
+        return [tensor for layer in self._layers for tensor in layer.weights()]
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids [T] to [T, hidden]."""
@@ -87,7 +95,7 @@ class LlamaDecoder:
         """embeds [T, hidden], which are overwritten, to [T, hidden] after the final norm, or of
         these the `wanted` rows, int64 [R]; fills the batch's cache slots."""
         residual = embeds
-        if self._plain and batch.dense is None:
+        if self._plain and not self._quantised and batch.dense is None:
             rows = len(residual) if wanted is None else len(wanted)
             out = residual.new_empty(rows, residual.shape[1])
             decoder_layers(
@@ -137,11 +145,20 @@ class LlamaDecoder:
             layer.decode(embeds, batch, self._cos_sin, k_cache, v_cache)
         return embeds
 
-    def quantize(self) -> None:
+    def quantised(self) -> Iterator[tuple[Linear, dict[str, int]]]:
+        """The products that have a format, with the names and output sizes of their matrices."""
+        for layer in self._layers:
+            for product, parts in layer.products.items():
+                if product.format is not None:
+                    yield product, parts
+
+    def quantize_for_prefill(self) -> None:
         """Give every product of the layers an fp8 copy of its weight (`Linear.fp8`).
 
         Raises UnsupportedModel where no kernel would use them.
         """
+        if self._quantised:
+            raise UnsupportedModel('prefill="fp8" is for models whose weights are not quantised')
         if not self._plain:
             raise UnsupportedModel('prefill="fp8" is for decoders with SiLU and without biases')
         if self._head_dim != HEAD_DIM and self.norm.is_cuda and not using_references():
@@ -150,7 +167,7 @@ class LlamaDecoder:
             )
         for layer in self._layers:
             for product in layer.products:
-                product.quantize()
+                product.quantize_for_prefill()
         copies = [product.fp8 for layer in self._layers for product in layer.products]
         self._fp8 = [
             tensor for copy in copies if copy is not None for tensor in (copy.values, copy.scales)
@@ -164,34 +181,57 @@ class LlamaDecoder:
 
     def slots(self) -> Iterator[Slot]:
         yield f"{PREFIX}.embed_tokens.weight", self.embedding
-        for index, layer in enumerate(self._layers):
-            yield from layer.slots(f"{PREFIX}.layers.{index}")
+        for layer in self._layers:
+            yield from layer.slots()
         yield f"{PREFIX}.norm.weight", self.norm
 
 
 class _Layer:
-    def __init__(self, config: TextConfig, place: Placement, workspace: torch.Tensor) -> None:
+    def __init__(
+        self, config: TextConfig, place: Placement, workspace: torch.Tensor, prefix: str
+    ) -> None:
         hidden, dim = config.hidden_size, config.head_dim
+        self._prefix = prefix
         self._num_heads, self._num_kv_heads, self._dim = config.num_heads, config.num_kv_heads, dim
         self._scale = dim**-0.5
         self._workspace = workspace  # one for all layers, which run one after the other
         self._hidden_act = config.hidden_act
         self._wide = config.intermediate_size
         self.input_norm = place.empty(hidden)
-        heads = config.num_heads + 2 * config.num_kv_heads
-        self._qkv = Linear(hidden, heads * dim, config.attention_bias, place)
-        self._out = Linear(config.num_heads * dim, hidden, config.attention_bias, place)
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        queries, keys = config.num_heads * dim, config.num_kv_heads * dim
+        self.products: dict[Linear, dict[str, int]] = {}
+        """With the names and output sizes of the checkpoint's matrices, in a step's order."""
+
+        def product(inputs: int, bias: bool, parts: dict[str, int]) -> Linear:
+            outputs, names = sum(parts.values()), [f"{name}.weight" for name in parts]
+            made = Linear(inputs, outputs, bias, place, place.format(names, inputs))
+            self.products[made] = parts
+            return made
+
+        self._qkv = product(
+            hidden,
+            config.attention_bias,
+            {
+                f"{attention}.q_proj": queries,
+                f"{attention}.k_proj": keys,
+                f"{attention}.v_proj": keys,
+            },
+        )
+        self._out = product(queries, config.attention_bias, {f"{attention}.o_proj": hidden})
         self.post_norm = place.empty(hidden)
-        self._gate_up = Linear(hidden, 2 * self._wide, config.mlp_bias, place)
-        self._down = Linear(self._wide, hidden, config.mlp_bias, place)
+        wide = self._wide
+        self._gate_up = product(
+            hidden, config.mlp_bias, {f"{mlp}.gate_proj": wide, f"{mlp}.up_proj": wide}
+        )
+        self._down = product(wide, config.mlp_bias, {f"{mlp}.down_proj": hidden})
         self._eps = config.rms_norm_eps
-        self.products = (self._qkv, self._out, self._gate_up, self._down)
         self.plain = self._hidden_act in ("silu", "swish") and all(
             product.bias is None for product in self.products
         )
         """Whether the fused ops are made for it."""
         self.fused_rows = 0
-        if self.plain:
+        if self.plain and not any(product.format for product in self.products):
             self.fused_rows = min(linear.most_rows(product.weight) for product in self.products)
 
     def weights(self) -> tuple[torch.Tensor, ...]:
@@ -266,23 +306,11 @@ class _Layer:
             activated = ACTIVATIONS[self._hidden_act](gate) * up
         return self._down(activated)
 
-    def slots(self, prefix: str) -> Iterator[Slot]:
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        hidden, kv = len(self.input_norm), self._num_kv_heads * self._dim
-        yield f"{prefix}.input_layernorm.weight", self.input_norm
-        yield from self._qkv.slots(
-            {
-                f"{attention}.q_proj": self._num_heads * self._dim,
-                f"{attention}.k_proj": kv,
-                f"{attention}.v_proj": kv,
-            }
-        )
-        yield from self._out.slots({f"{attention}.o_proj": hidden})
-        yield f"{prefix}.post_attention_layernorm.weight", self.post_norm
-        yield from self._gate_up.slots(
-            {f"{mlp}.gate_proj": self._wide, f"{mlp}.up_proj": self._wide}
-        )
-        yield from self._down.slots({f"{mlp}.down_proj": hidden})
+    def slots(self) -> Iterator[Slot]:
+        yield f"{self._prefix}.input_layernorm.weight", self.input_norm
+        yield f"{self._prefix}.post_attention_layernorm.weight", self.post_norm
+        for product, parts in self.products.items():
+            yield from product.slots(parts)
 
 
 def cos_sin_table(

@@ -14,7 +14,14 @@ from llava_engine.kernels import linear
 from llava_engine.kernels.projector import project
 from llava_engine.network.clip import VisionTower
 from llava_engine.network.config import LlavaConfig
-from llava_engine.network.layers import ACTIVATIONS, Linear, Placement, Slot
+from llava_engine.network.layers import (
+    ACTIVATIONS,
+    FormatOf,
+    Linear,
+    Placement,
+    Slot,
+    unquantised,
+)
 from llava_engine.network.llama import Batch, LlamaDecoder
 
 __all__ = ["Batch", "LlavaConfig", "LlavaModel"]
@@ -23,11 +30,19 @@ __all__ = ["Batch", "LlavaConfig", "LlavaModel"]
 class LlavaModel:
     """The network of `config`, its weights uninitialised until network.weights fills them.
 
-    The caller turns gradients off (torch.inference_mode).
+    format: of the decoder's products; the rest is in `dtype`. The caller turns gradients off
+    (torch.inference_mode).
     """
 
-    def __init__(self, config: LlavaConfig, *, device: torch.device, dtype: torch.dtype) -> None:
-        place = Placement(device, dtype)
+    def __init__(
+        self,
+        config: LlavaConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        format: FormatOf = unquantised,
+    ) -> None:
+        place = Placement(device, dtype, format)
         text, layers = config.text, config.vision_feature_layers
         self.config = config
         self.device = device
@@ -46,12 +61,19 @@ class LlavaModel:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights, their fp8 copies included."""
-        return sum(view.nbytes for _, view in self.slots()) + self._decoder.fp8_nbytes
+        weights = [product.quantised for product, _ in self.quantised()]
+        quantised = sum(weight.nbytes for weight in weights if weight is not None)
+        return sum(view.nbytes for _, view in self.slots()) + quantised + self._decoder.fp8_nbytes
 
-    def quantize(self) -> None:
+    def quantised(self) -> Iterator[tuple[Linear, dict[str, int]]]:
+        """The products that have a format, each with its matrices' names in a checkpoint, without
+        ".weight", and their output sizes."""
+        return self._decoder.quantised()
+
+    def quantize_for_prefill(self) -> None:
         """Make the fp8 copies that EngineConfig(prefill="fp8") needs, of the decoder's products
         alone, unless they are there. The weights must be filled."""
-        self._decoder.quantize()
+        self._decoder.quantize_for_prefill()
 
     def encode_images(
         self, patches: torch.Tensor, rows: torch.Tensor | None = None
@@ -117,7 +139,8 @@ class LlavaModel:
         return logits
 
     def slots(self) -> Iterator[Slot]:
-        """Every tensor that a checkpoint must have, by its published name."""
+        """Every tensor that a checkpoint must have, by its published name, but for the matrices of
+        `quantised`."""
         hidden = self.config.text.hidden_size
         yield from self._tower.slots()
         yield from self._projector1.slots({"multi_modal_projector.linear_1": hidden})

@@ -90,6 +90,8 @@ def read_in_turn(
     reader: Callable[[], _Reader]
     buffer_bytes = max((piece.nbytes for piece in every), default=0)
     converts = not all(piece.as_stored for piece in every)
+    most_readers = len(every)
+    del every
     uploads = None
     if device.type == "cuda":
         uploads = stream = _stream_after_current(device)
@@ -108,7 +110,7 @@ def read_in_turn(
         uploads.wait_stream(current)
 
     try:
-        _run(pieces, reader, min(count, len(every)), on_read, use)
+        _run(pieces, reader, min(count, most_readers), on_read, use)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # those of the readers hold buffers
         raise

@@ -7,6 +7,7 @@ before memory is taken; then network.tensor_reader puts each tensor in its place
 from __future__ import annotations
 
 import json
+import logging
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -16,11 +17,17 @@ from pathlib import Path
 
 import torch
 
-from llava_engine.errors import MemoryExhausted, WeightsError
+from llava_engine.errors import MemoryExhausted, UnsupportedModel, WeightsError
 from llava_engine.network import clip
+from llava_engine.network.layers import FormatOf, unquantised
 from llava_engine.network.llava import LlavaConfig, LlavaModel
 from llava_engine.network.safetensors_file import SafetensorsFile, StoredTensor
-from llava_engine.network.tensor_reader import DTYPES, read_tensors
+from llava_engine.network.saved_weights import SavedWeight, take_saved_weights
+from llava_engine.network.staging import AsSaved, Dequantised, Quantised, Room, Staged
+from llava_engine.network.tensor_reader import DTYPES, read_in_turn
+from llava_engine.quant import Format, bnb, fits, quantised
+
+logger = logging.getLogger(__name__)
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -36,24 +43,34 @@ def load_model(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    quantization: Format | None = None,
     progress: Progress | None = None,
 ) -> LlavaModel:
     """The model that `directory` holds, on `device` in `dtype`.
 
-    progress is called as ("load", bytes read, bytes in all). Raises ModelError or UnsupportedModel
-    for config.json, WeightsError for the weights and MemoryExhausted where they do not fit; all
-    memory that was taken for them is given back then.
+    quantization: of the decoder's products. Those that are saved quantised stay as they are, and
+    the rest of the model is in `dtype`, saved quantised or not. progress is called as ("load",
+    bytes read, bytes in all). Raises ModelError or UnsupportedModel for config.json or the
+    quantization, KernelsNotBuilt where that needs a package, WeightsError for the weights and
+    MemoryExhausted where they do not fit; all memory that was taken for them is given back then.
     """
     config = LlavaConfig.from_directory(directory)
+    if quantization is not None and config.quantization not in (None, quantization):
+        raise UnsupportedModel(
+            f'EngineConfig(quantization="{quantization}") does not go with a checkpoint that was '
+            f"saved in {config.quantization}; leave it out"
+        )
     with ExitStack() as files:
         stored = _read_headers(directory, files)
         if _HEAD in stored:
             # As transformers does it: a head that is there counts, tied or not.
             config = replace(config, tie_word_embeddings=False)
-        _check(config, stored)
+        saved = take_saved_weights(stored, config.quantization) if config.quantization else {}
+        _check(config, stored, saved)
+        format_of = _saved_format(saved) if config.quantization else _format(config, quantization)
         with _fitting(device):
             try:
-                return _filled(config, stored, device, dtype, progress)
+                return _filled(config, stored, saved, format_of, device, dtype, progress)
             except BaseException as error:
                 traceback.clear_frames(error.__traceback__)  # they hold the model
                 if device.type == "cuda":
@@ -64,13 +81,27 @@ def load_model(
 def _filled(
     config: LlavaConfig,
     stored: dict[str, StoredTensor],
+    saved: dict[str, SavedWeight],
+    format_of: FormatOf,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None,
 ) -> LlavaModel:
-    model = LlavaModel(config, device=device, dtype=dtype)
-    places = [(stored[name], view) for name, view in model.slots()]
-    total = sum(tensor.nbytes for tensor, _ in places)
+    model = LlavaModel(config, device=device, dtype=dtype, format=format_of)
+    slots = dict(model.slots())
+    whole = [(stored[name], view) for name, view in slots.items() if name not in saved]
+    staged: list[Staged] = [
+        Dequantised(view, saved[name]) for name, view in slots.items() if name in saved
+    ]
+    for product, parts in model.quantised():
+        names = [f"{name}.weight" for name in parts]
+        if names[0] in saved:
+            staged.append(AsSaved(product, [saved[name] for name in names]))
+        else:
+            staged.append(Quantised(product, [stored[name] for name in names], dtype))
+    room = Room(staged, device)
+    steps = [whole, *(room.places(index) for index in range(len(staged)))]
+    total = sum(tensor.nbytes for step in steps for tensor, _ in step)
     done = 0
 
     def advance(nbytes: int) -> None:
@@ -80,29 +111,42 @@ def _filled(
             progress("load", done, total)
 
     advance(0)
-    read_tensors(places, device, advance)
+    read_in_turn(steps, device, advance, lambda step: room.use(step - 1) if step else None)
+    if staged and device.type == "cuda":
+        del room, steps
+        torch.cuda.empty_cache()  # the staging, before others ask the driver what is free
     return model
 
 
 def random_model(
-    config: LlavaConfig, *, device: torch.device, dtype: torch.dtype, seed: int
+    config: LlavaConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    quantization: Format | None = None,
 ) -> LlavaModel:
     """A model of the true shape with random weights (standard deviation 0.02), for benchmarks."""
     with _fitting(device):
-        model = LlavaModel(config, device=device, dtype=dtype)
+        model = LlavaModel(config, device=device, dtype=dtype, format=_format(config, quantization))
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, view in model.slots():
         if "norm" in name and name.endswith(".weight"):
             view.fill_(1)
         else:
             view.normal_(0, 0.02, generator=generator)
+    for product, parts in model.quantised():
+        matrix = torch.empty(product.outputs, product.inputs, device=device, dtype=dtype)
+        matrix.normal_(0, 0.02, generator=generator)
+        assert product.format is not None
+        product.quantised = quantised(product.format, torch.split(matrix, list(parts.values())))
     return model
 
 
 def quantize_for_prefill(model: LlavaModel) -> None:
-    """LlavaModel.quantize. Raises MemoryExhausted where the copies do not fit."""
+    """LlavaModel.quantize_for_prefill. Raises MemoryExhausted where the copies do not fit."""
     with _fitting(model.device):
-        model.quantize()
+        model.quantize_for_prefill()
 
 
 @contextmanager
@@ -186,10 +230,55 @@ def published_name(name: str) -> str:
     return name
 
 
-def _check(config: LlavaConfig, stored: dict[str, StoredTensor]) -> None:
-    """Raise WeightsError unless `stored` is what the configuration promises."""
+def _format(config: LlavaConfig, quantization: Format | None) -> FormatOf:
+    """Every product in the format, but for those whose inputs it does not take.
+
+    Raises UnsupportedModel where there is no other, and KernelsNotBuilt without the package that
+    quantises.
+    """
+    if quantization is None:
+        return unquantised
+    text = config.text
+    widths = {text.hidden_size, text.num_heads * text.head_dim, text.intermediate_size}
+    left = sorted(width for width in widths if not fits(quantization, width))
+    if len(left) == len(widths):
+        raise UnsupportedModel(
+            f"no product of this model can be quantised to {quantization}: it takes no inputs of "
+            f"{' or '.join(map(str, left))}"
+        )
+    if left:
+        logger.info("Products of %s inputs are not quantised to %s.", left, quantization)
+    if quantization != "fp8":
+        bnb.functional(quantization)
+    return lambda names, inputs: quantization if fits(quantization, inputs) else None
+
+
+def _saved_format(saved: dict[str, SavedWeight]) -> FormatOf:
+    """Products whose matrices were all saved quantised stay so, if their rows can be stacked."""
+
+    def format_of(names: Iterable[str], inputs: int) -> Format | None:
+        found = [saved.get(name) for name in names]
+        first = found[0]
+        return first.format if first and all(part and part.stacks for part in found) else None
+
+    return format_of
+
+
+def _check(
+    config: LlavaConfig, stored: dict[str, StoredTensor], saved: dict[str, SavedWeight]
+) -> None:
+    """Raise WeightsError unless both together are what the configuration promises."""
     model = LlavaModel(config, device=torch.device("meta"), dtype=torch.float32)
     wanted = {name: tuple(view.shape) for name, view in model.slots()}
+    for name, weight in saved.items():
+        tensor = weight.tensors["weight"]
+        if name not in wanted and not _unused(config).fullmatch(name):
+            raise WeightsError(f"config.json has no place for tensor {tensor.name}")
+        if weight.shape != wanted.pop(name, weight.shape):
+            raise WeightsError(
+                f"tensor {tensor.name} has shape {list(weight.shape)}, quantised; "
+                "config.json asks for another"
+            )
     missing = wanted.keys() - stored.keys()
     if missing:
         raise WeightsError(f"the checkpoint lacks {_some(missing)}")

@@ -82,7 +82,7 @@ class Nf4Weight:
             state.absmax,
             state.state2.code,
             state.state2.absmax,
-            state.offset,
+            float(state.offset),
             inputs=weight.shape[1],
         )
 
@@ -93,15 +93,15 @@ class Nf4Weight:
         absmax: torch.Tensor,
         code2: torch.Tensor,
         absmax2: torch.Tensor,
-        offset: torch.Tensor,
+        offset: float,
         *,
         inputs: int,
     ) -> Nf4Weight:
         """A whole tensor as bitsandbytes has it.
 
         codes: uint8 [weights / 2, 1]. absmax: uint8 [weights / 64]. code2: float32 [256].
-        absmax2: float32, one per 256 of absmax. offset: float32 []. Raises UnsupportedModel unless
-        `inputs` is a multiple of 64 and at most 16384.
+        absmax2: float32, one per 256 of absmax. Raises UnsupportedModel unless `inputs` is a
+        multiple of 64 and at most 16384.
         """
         _require_fit(inputs)
         blocks = inputs // BLOCK
@@ -112,7 +112,7 @@ class Nf4Weight:
             (
                 absmax2[group],
                 absmax2[(group + 1).clamp(max=len(absmax2) - 1)],
-                offset.expand(len(absmax)),
+                torch.full_like(absmax2[group], offset),
                 (first_block % GROUP).float(),
             ),
             dim=1,
@@ -129,16 +129,13 @@ class Nf4Weight:
         return cls(
             torch.cat([part.codes for part in parts]),
             torch.cat([part.absmax for part in parts]),
-            code2,
+            code2.clone(),
             torch.cat([part.scales2 for part in parts]),
         )
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix [outputs, inputs] in `dtype`, to the bit what bitsandbytes makes of it."""
-        device = self.codes.device
-        codebook = torch.tensor(CODEBOOK, device=device)
-        pairs = torch.cartesian_prod(codebook, codebook)  # both levels of every byte
-        levels = F.embedding(self.codes.int(), pairs).view(*self.absmax.shape, BLOCK)
+        levels = _levels(self.codes).view(*self.absmax.shape, BLOCK)
         return (levels * self.block_scales().unsqueeze(2)).view(self.outputs, -1).to(dtype)
 
     def block_scales(self) -> torch.Tensor:
@@ -166,6 +163,29 @@ class Nf4Weight:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors())
+
+
+def dequantize_flat(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    code2: torch.Tensor,
+    absmax2: torch.Tensor,
+    offset: float,
+    *,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """A tensor of any shape out of what from_flat takes, blocks running on from row to row."""
+    count = shape[0] * shape[1]
+    groups = absmax2.repeat_interleave(GROUP)[: len(absmax)]
+    scales = (code2[absmax.int()] * groups + offset).repeat_interleave(BLOCK)[:count]
+    return (_levels(codes).view(-1)[:count] * scales).view(shape).to(dtype)
+
+
+def _levels(codes: torch.Tensor) -> torch.Tensor:
+    """Both levels of every byte of uint8 [...], float32 [..., 2]."""
+    codebook = torch.tensor(CODEBOOK, device=codes.device)
+    return F.embedding(codes.int(), torch.cartesian_prod(codebook, codebook))
 
 
 def _require_fit(inputs: int) -> None:

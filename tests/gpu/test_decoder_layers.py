@@ -71,7 +71,7 @@ def test_every_number_of_rows_gives_transformers_rows(
         pytest.skip("fp8 needs Hopper")
     ours = load_model(directory, device=GPU, dtype=dtype)
     if fp8:
-        ours.quantize()
+        ours.quantize_for_prefill()
     theirs = LlavaForConditionalGeneration.from_pretrained(directory, dtype=dtype)
     decoder = theirs.eval().to(GPU).model.language_model
     generator = torch.Generator(GPU)

@@ -120,7 +120,7 @@ def test_a_model_keeps_copies_of_its_decoders_products_alone(tmp_path: Path) -> 
     make_checkpoint(tmp_path)
     model = load_model(tmp_path, device=CPU, dtype=torch.float32)
     before = model.nbytes
-    model.quantize()
+    model.quantize_for_prefill()
     products = {
         name: view
         for name, view in model.slots()
@@ -143,5 +143,5 @@ def test_a_model_keeps_copies_of_its_decoders_products_alone(tmp_path: Path) -> 
         back = product.fp8.values.double() * product.fp8.scales.double().unsqueeze(1)
         assert ((back - whole.double()).abs() <= most_off(whole)).all()
     kept = layer._qkv.fp8
-    model.quantize()
+    model.quantize_for_prefill()
     assert layer._qkv.fp8 is kept, "captured graphs have its address"
