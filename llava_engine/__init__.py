@@ -45,7 +45,7 @@ from llava_engine.errors import (
     WeightsError,
     WorkerDied,
 )
-from llava_engine.registry import ModelInfo, models, register
+from llava_engine.registry import ModelInfo, QuantisedEstimate, models, register
 from llava_engine.types import (
     Chunk,
     FinishReason,
@@ -88,6 +88,7 @@ __all__ = [
     "PoolError",
     "PoolOverloaded",
     "PromptTooLong",
+    "QuantisedEstimate",
     "RequestCancelled",
     "RequestError",
     "RequestFailed",

@@ -29,6 +29,9 @@ class EngineConfig:
 
     device: "auto" (the first GPU, else the CPU), "cpu", "cuda" or "cuda:N".
     dtype: of weights and activations; "auto" is float16 on CUDA and float32 on the CPU.
+    quantization: of the decoder's matrices, which are nine tenths of a model: "nf4" (4 bits) or
+        "int8" as bitsandbytes has them, which must be installed, or "fp8" (e4m3, a scale per row).
+        None leaves them as the checkpoint has them; one that was saved in nf4 or int8 stays so.
     kernels: "auto" runs the compiled kernels on CUDA and the torch references on the CPU;
         "reference" runs the references everywhere.
     attention: how prefill attends on CUDA. "auto" and "paged" take the engine's own kernels for
@@ -64,6 +67,7 @@ class EngineConfig:
 
     device: str = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    quantization: Literal["nf4", "int8", "fp8"] | None = None
     kernels: Literal["auto", "reference"] = "auto"
     attention: Literal["auto", "paged", "torch", "flash_attn"] = "auto"
     prefill: Literal["exact", "fp8"] = "exact"
@@ -113,6 +117,8 @@ class EngineConfig:
                 raise ValueError('proxy must be "http://host:port", with or without user:password@')
         if self.prefill == "fp8" and self.attention not in ("auto", "paged"):
             raise ValueError('prefill="fp8" needs the engine\'s own attention ("auto" or "paged")')
+        if self.prefill == "fp8" and self.quantization is not None:
+            raise ValueError('prefill="fp8" is for models whose weights are not quantised')
         for name in ("image_cache_mb", "pixel_cache_mb"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
@@ -197,7 +203,7 @@ def _from_env(cls: type[_Config]) -> _Config:
 
 
 def _parse(text: str, hint: Any) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = _options(hint)
     if type(None) in options and text.lower() in ("", "none"):
         return None
     kind = next(option for option in options if option is not type(None))
@@ -214,12 +220,17 @@ def _parse(text: str, hint: Any) -> Any:
     return text
 
 
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types that a field's hint allows."""
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if union else (hint,)
+
+
 def _check_types(config: EngineConfig | PoolConfig) -> None:
     hints = typing.get_type_hints(type(config))
     for item in fields(config):
         value, hint = getattr(config, item.name), hints[item.name]
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if not any(_is_a(value, option) for option in options):
+        if not any(_is_a(value, option) for option in _options(hint)):
             raise TypeError(f"{item.name} must be {hint}, not {value!r}")
 
 

@@ -1,11 +1,12 @@
 """A model's record to one local directory that holds its checkpoint.
 
 Downloads and caching are huggingface_hub's, with its settings (HF_HOME, HF_ENDPOINT,
-HF_HUB_OFFLINE, HF_TOKEN) and its progress bars. Nothing here reads a checkpoint.
+HF_HUB_OFFLINE, HF_TOKEN) and its progress bars. Nothing here reads a checkpoint's weights.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from llava_engine.errors import ModelError, UnknownModel, WeightsError
@@ -54,6 +55,15 @@ def checkpoint_mb(directory: Path) -> int:
     except OSError as error:
         raise WeightsError("The checkpoint's files cannot be read.") from error
     return -(-size // 2**20)
+
+
+def saved_quantised(directory: Path) -> bool:
+    """Whether a checkpoint's matrices were quantised before they were saved, and stay so."""
+    try:
+        config = json.loads((Path(directory) / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False  # whoever loads it says what is wrong
+    return isinstance(config, dict) and config.get("quantization_config") is not None
 
 
 def cached(info: ModelInfo) -> Path | None:

@@ -20,6 +20,22 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuantisedEstimate:
+    """What a model takes in a format of EngineConfig(quantization=...).
+
+    memory_allocation_mb, worker_share_mb: as est_memory_allocation_mb and est_worker_share_mb.
+    """
+
+    quantization: str
+    memory_allocation_mb: int
+    worker_share_mb: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.worker_share_mb <= self.memory_allocation_mb:
+            raise ValueError("worker_share_mb must be in (0, memory_allocation_mb]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """What is known of a model before it is loaded.
 
@@ -30,6 +46,7 @@ class ModelInfo:
         share, workspace.
     est_worker_share_mb: the part of it that a further worker on the same device needs (KV share and
         workspace); None when nothing is shared.
+    est_quantised: the same two in other formats; those that are left out are derived.
     est_host_memory_mb: host memory of a worker that runs on a GPU, in MiB.
     image_size: side of the vision tower's square input in pixels.
     image_mean, image_std: normalisation per channel, of values in 0..1.
@@ -43,6 +60,7 @@ class ModelInfo:
     directory: Path | None = None
     est_memory_allocation_mb: int
     est_worker_share_mb: int | None = None
+    est_quantised: tuple[QuantisedEstimate, ...] = ()
     est_host_memory_mb: int = 1024
     image_size: int = 336
     image_mean: tuple[float, float, float] = CLIP_MEAN
@@ -64,6 +82,16 @@ class ModelInfo:
         before, image, after = self.prompt_template.partition("<image>")
         if not image or "<image>" in after or "{query}" in before or after.count("{query}") != 1:
             raise ValueError("prompt_template must hold <image> once and then {query} once")
+
+
+def _estimates(
+    *, nf4: tuple[int, int], eight_bits: tuple[int, int]
+) -> tuple[QuantisedEstimate, ...]:
+    """Who quantises has little room: shares of the KV cache are small, so that there are two."""
+    return tuple(
+        QuantisedEstimate(quantization=name, memory_allocation_mb=first, worker_share_mb=share)
+        for name, (first, share) in (("nf4", nf4), ("int8", eight_bits), ("fp8", eight_bits))
+    )
 
 
 _lock = threading.Lock()
@@ -119,6 +147,7 @@ register(
         repo_id="llava-hf/llava-1.5-7b-hf",
         est_memory_allocation_mb=20_480,
         est_worker_share_mb=6_144,
+        est_quantised=_estimates(nf4=(5_504, 1_024), eight_bits=(10_176, 2_560)),
         est_host_memory_mb=3_072,
     )
 )
@@ -128,6 +157,7 @@ register(
         repo_id="llava-hf/llava-1.5-13b-hf",
         est_memory_allocation_mb=34_816,
         est_worker_share_mb=8_192,
+        est_quantised=_estimates(nf4=(9_390, 1_600), eight_bits=(16_640, 2_944)),
         est_host_memory_mb=3_072,
     )
 )

@@ -12,10 +12,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from llava_engine.config import EngineConfig
-from llava_engine.hub import checkpoint_mb
+from llava_engine.hub import checkpoint_mb, saved_quantised
 from llava_engine.pool.model import ModelSpec
 from llava_engine.pool.pool import WorkerPool, vision_pool
-from llava_engine.pool.sizing import DeviceMemory, Need, estimate_need
+from llava_engine.pool.sizing import DeviceMemory, Need, estimate_need, formats_needed
 from llava_engine.pool.stages import Stages
 from llava_engine.pool.warm_up import warmed_up
 from llava_engine.pool.worker import Backend
@@ -226,6 +226,11 @@ def _spec(key: str, info: ModelInfo, config: EngineConfig, progress: Progress | 
     def need(device: str) -> Need:
         return estimate_need(info, config, device)
 
+    def smaller(device: str) -> dict[str, Need]:
+        if info.directory is not None and saved_quantised(info.directory):
+            return {}
+        return formats_needed(info, config, device)
+
     def loader(device: str, check: Callable[[], None]) -> Backend:
         from llava_engine.pool.backend import load_worker_model
 
@@ -240,4 +245,6 @@ def _spec(key: str, info: ModelInfo, config: EngineConfig, progress: Progress | 
 
             return load_worker_model(info, config, device, report, stages)
 
-    return ModelSpec(key, loader, need, devices, lambda: warmed_up(config.device, stages), stages)
+    return ModelSpec(
+        key, loader, need, devices, lambda: warmed_up(config.device, stages), stages, smaller
+    )

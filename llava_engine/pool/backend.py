@@ -9,7 +9,7 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from llava_engine.hub import resolve
 from llava_engine.image.gpu_decode import jpeg_decoder
 from llava_engine.image.picture_cache import PictureCache
 from llava_engine.image.preprocess import ImageProcessorConfig
-from llava_engine.kernels.library import require_kernels
+from llava_engine.kernels.library import references, require_kernels
 from llava_engine.network.attention import require_attention
 from llava_engine.network.weights import load_model
 from llava_engine.pool.request import Request
@@ -83,8 +83,15 @@ class ModelBackend:
         with stages("tokenizer"):
             self._tokenizer = Tokenizer.from_directory(directory)
         self._processor = ImageProcessorConfig.from_directory(directory)
-        with stages("weights"):
-            model = load_model(directory, device=self._device, dtype=dtype, progress=progress)
+        kernels = references if config.kernels == "reference" else nullcontext
+        with stages("weights"), kernels():
+            model = load_model(
+                directory,
+                device=self._device,
+                dtype=dtype,
+                quantization=config.quantization,
+                progress=progress,
+            )
         self._model_config = model.config
         side = model.config.vision.image_size
         if self._processor.output_size != (side, side):

@@ -27,8 +27,8 @@ class ModelSpec:
 
     loader: loads it onto a device. need: what its workers take on a device of that name. devices:
     where it may run, given the GPUs and the host. warm_up: what a cold start can do before it knows
-    the device, and hold until it is over. All are called on threads of the pool. stages: where it
-    is told how long they take.
+    the device, and hold until it is over. stages: where it is told how long they take. smaller: as
+    `need`, for each format in which it would take less. All are called on threads of the pool.
     """
 
     registry_key: str
@@ -37,6 +37,7 @@ class ModelSpec:
     devices: Callable[[list[DeviceMemory], DeviceMemory], list[DeviceMemory]]
     warm_up: Callable[[], AbstractContextManager[None]] = nullcontext
     stages: Stages = field(default_factory=Stages)
+    smaller: Callable[[str], dict[str, Need]] = lambda device: {}
 
 
 @dataclass(eq=False, slots=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from llava_engine.config import EngineConfig
 from llava_engine.registry import ModelInfo
@@ -19,6 +19,10 @@ from llava_engine.registry import ModelInfo
 logger = logging.getLogger(__name__)
 
 HOST = "cpu"
+_LEFT = 8
+"""An eighth of the weights is not quantised: embedding, head, vision tower, projector."""
+_BITS = {"nf4": 4.25, "int8": 8.1, "fp8": 8.1}
+"""Of a weight, its part of the scales included."""
 _MIB = 1 << 20
 
 
@@ -131,18 +135,16 @@ def _room(device: DeviceMemory, held: Mapping[str, Held], fraction: float) -> in
 def estimate_need(info: ModelInfo, config: EngineConfig, device: str) -> Need:
     """What a model's workers take on `device` under `config`.
 
-    The record's estimates are for 16 bits; 32 bits, the CPU's default, take twice that. On top come
-    the weights' copies in 8 bits for prefill="fp8", with the weights, and the pixels that are kept,
-    once, in the host's memory.
+    The record's estimates are for 16 bits, and what is not quantised takes twice that in 32, the
+    CPU's default. On top come the weights' copies in 8 bits for prefill="fp8", with the weights,
+    and the pixels that are kept, once, in the host's memory.
     """
     scale = _scale(config, device)
-    share = info.est_worker_share_mb
-    estimated = _kv_estimate_mb(info) * scale
-    more = 0 if config.kv_cache_mb is None else config.kv_cache_mb - estimated
-    weights = info.est_memory_allocation_mb - _share_estimate_mb(info)
-    copies = weights // 2 if config.prefill == "fp8" else 0
-    first = max(1, scale * info.est_memory_allocation_mb + copies + more)
-    following = first if share is None else max(1, scale * share + more)
+    share = scale * _share_estimate_mb(info, config.quantization)
+    kv = share * 3 // 4
+    more = 0 if config.kv_cache_mb is None else config.kv_cache_mb - kv
+    first = max(1, _weights_estimate_mb(info, config, scale) + share + more)
+    following = first if info.est_worker_share_mb is None else max(1, share + more)
     if device == HOST:
         return Need(first + config.pixel_cache_mb, following, 0)
     return Need(first, following, info.est_host_memory_mb + config.pixel_cache_mb)
@@ -152,17 +154,40 @@ def kv_share_mb(info: ModelInfo, config: EngineConfig, device: str) -> int:
     """The KV cache that one worker brings, out of what `estimate_need` says."""
     if config.kv_cache_mb is not None:
         return config.kv_cache_mb
-    return max(1, _kv_estimate_mb(info) * _scale(config, device))
+    share = _share_estimate_mb(info, config.quantization) * _scale(config, device)
+    return max(1, share * 3 // 4)  # the rest is workspace
 
 
-def _kv_estimate_mb(info: ModelInfo) -> int:
-    """Three quarters of a worker's share; the rest is workspace."""
-    return _share_estimate_mb(info) * 3 // 4
+def formats_needed(info: ModelInfo, config: EngineConfig, device: str) -> dict[str, Need]:
+    """What the model's workers would take in each format that is smaller, the largest first."""
+    if config.quantization == "nf4" or config.prefill == "fp8":
+        return {}
+    smaller: tuple[Literal["int8", "fp8", "nf4"], ...] = ("int8", "fp8", "nf4")
+    return {
+        name: estimate_need(info, replace(config, quantization=name), device)
+        for name in (smaller if config.quantization is None else smaller[2:])
+    }
 
 
-def _share_estimate_mb(info: ModelInfo) -> int:
-    """A worker's KV cache and workspace."""
+def _share_estimate_mb(info: ModelInfo, quantization: str | None) -> int:
+    """A worker's KV cache and workspace, in 16 bits."""
+    for estimate in info.est_quantised:
+        if estimate.quantization == quantization:
+            return estimate.worker_share_mb
     return info.est_worker_share_mb or info.est_memory_allocation_mb // 4
+
+
+def _weights_estimate_mb(info: ModelInfo, config: EngineConfig, scale: int) -> int:
+    """The weights and their copies. scale: 2 for 32 bits."""
+    whole = info.est_memory_allocation_mb - _share_estimate_mb(info, None)
+    if config.quantization is None:
+        return scale * whole + (whole // 2 if config.prefill == "fp8" else 0)
+    left = whole // _LEFT
+    for estimate in info.est_quantised:
+        if estimate.quantization == config.quantization:
+            weights = estimate.memory_allocation_mb - estimate.worker_share_mb
+            return weights + (scale - 1) * left
+    return int((whole - left) * _BITS[config.quantization] / 16) + scale * left
 
 
 def _scale(config: EngineConfig, device: str) -> int:

@@ -189,8 +189,20 @@ class Spawn:
                         raise PoolError(f"{self._key} has {len(model.workers)} workers already.")
                 raise MemoryExhausted(
                     f"Cannot spawn workers for {self._key}. Need {plan.needed_mb} MB, "
-                    f"only {plan.available_mb} MB available"
+                    f"only {plan.available_mb} MB available{self._would_fit(devices, host)}"
                 )
+
+    def _would_fit(self, devices: list[DeviceMemory], host: DeviceMemory) -> str:
+        """The end of a message that says in which formats a worker would fit."""
+        with self._state.lock:
+            held = self._state.ledger.held()
+        fraction = self._state.config.memory_fraction
+        fitting = [
+            f'"{name}" ({need.first_mb} MB)'
+            for name, need in self._model.spec.smaller(devices[0].name).items()
+            if plan_workers(need, devices, host, held, fraction=fraction, wanted=1).placements
+        ]
+        return f"; what fits: EngineConfig(quantization={' or '.join(fitting)})" if fitting else ""
 
     def _working(self, devices: list[DeviceMemory]) -> list[DeviceMemory]:
         """Those that have not failed in this process. Raises DeviceLost if there is none."""
