@@ -125,7 +125,11 @@ class Channel:
                 self.stamp("first_token")
                 self.produced += 1
                 self._tokens.append(token_id)
-                self._wake()
+
+    def flush(self) -> None:
+        """See TokenSink."""
+        with self._changed:
+            self._wake()
 
     def finish(self, reason: FinishReason) -> None:
         """See TokenSink."""

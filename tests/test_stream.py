@@ -225,7 +225,7 @@ def test_half_a_character_waits_for_its_other_half() -> None:
     stream = ChunkStream(end)
     end.put(1000)
     fill(end, "", None)
-    adder = in_thread(lambda: (wait_for_a_reader(end), end.put(1001)))
+    adder = in_thread(lambda: (wait_for_a_reader(end), end.put(1001), end.flush()))
     chunk = next(stream)
     adder.join()
     assert chunk == "é" and chunk.token_ids == (1000, 1001)

@@ -6,6 +6,7 @@ step that fails can be run again, whole or sequence by sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,11 @@ class ModelRunner:
         self._block_size = cache.block_size
         self._overlap = overlap
 
-    def run(self, step: list[Scheduled]) -> list[int | None]:
-        """The sampled token of each entry that reaches its sequence's end, else None."""
+    def run(self, step: list[Scheduled], launched: Callable[[], None]) -> list[int | None]:
+        """The sampled token of each entry that reaches its sequence's end, else None.
+
+        launched: called once the device has all its work, before that is waited for.
+        """
         self._encode_pictures(step)
         # The device encodes while the rest is prepared, and waits for nothing until it has sampled.
         complete = [row for row, entry in enumerate(step) if entry.completes]
@@ -72,6 +76,8 @@ class ModelRunner:
         tokens: list[int | None] = [None] * len(step)
         if complete:
             sampled = self._sampler(self._model.logits(hidden), sampling)
+        launched()
+        if complete:
             for row, token in zip(complete, sampled.tolist(), strict=True):
                 tokens[row] = token
         return tokens

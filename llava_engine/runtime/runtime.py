@@ -36,7 +36,7 @@ from llava_engine.runtime.feature_cache import FeatureCache
 from llava_engine.runtime.kv_cache import BlockPool, KVCache
 from llava_engine.runtime.model_runner import ModelRunner
 from llava_engine.runtime.scheduler import Scheduled, Scheduler
-from llava_engine.runtime.sequence import Sequence, SequenceStatus
+from llava_engine.runtime.sequence import Sequence, SequenceStatus, TokenSink
 from llava_engine.runtime.streams import DeviceStreams
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,7 @@ class DeviceRuntime:
         self._lock = threading.Lock()
         self._open = True
         """Guarded by `_lock`: whether the loop will still look at what is put in the inbox."""
+        self._unflushed: list[TokenSink] = []
         self._death: BaseException | None = None
         self._death_callbacks: list[Callable[[BaseException], None]] = []
         self._thread = threading.Thread(
@@ -293,19 +294,32 @@ class DeviceRuntime:
             self._scheduler.reap()
 
     def _advance(self, step: list[Scheduled]) -> None:
-        if step and all(self._decodes(entry) for entry in step):
-            self._decode(step)
-        elif step:
+        if step and not all(self._decodes(entry) for entry in step):
             self._run(step)
+            return
+        self._flush()
+        if step:
+            self._decode(step)
+
+    def _flush(self) -> None:
+        """Wake the readers of the last step's tokens.
+
+        They take Python's lock for a while, each, so this is done when the device has its next
+        work, if there is more than decoding, which does without Python.
+        """
+        for sink in self._unflushed:
+            sink.flush()
+        self._unflushed.clear()
 
     def _run(self, step: list[Scheduled]) -> None:
         """One step of anything, pictures and long prompts included."""
         try:
-            tokens = self._runner.run(step)
+            tokens = self._runner.run(step, launched=self._flush)
         except LOST:
             raise
         except Exception as error:
             self._raise_if_lost()
+            self._flush()
             # Its frames hold the step's tensors: memory that the next try may need, and that would
             # be kept as long as a reader keeps the exception.
             traceback.clear_frames(error.__traceback__)
@@ -313,6 +327,8 @@ class DeviceRuntime:
         else:
             for entry, token in zip(step, tokens, strict=True):
                 self._scheduler.complete(entry, token)
+                if token is not None:
+                    self._unflushed.append(entry.sequence.sink)
             return
         if len(step) == 1:
             self._scheduler.fail(step[0].sequence, _as_llava_error(failure))
@@ -384,6 +400,7 @@ class DeviceRuntime:
                 self._on_tokens([event for _, event in tokens])
             for sequence, event in tokens:
                 self._scheduler.complete(Scheduled(sequence, 1), event.token)
+                sequence.sink.flush()
                 going = sequence.status is SequenceStatus.RUNNING
                 cancelled = cancelled or (going and sequence.sink.cancelled)
         return None

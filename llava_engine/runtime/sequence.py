@@ -34,7 +34,11 @@ class TokenSink(Protocol):
         """The prompt is admitted; `cached_tokens` of it were found in the KV cache."""
 
     def put(self, token_id: int) -> None:
-        """One sampled token, the end-of-sequence token included."""
+        """One sampled token, the end-of-sequence token included; the reader sees it at the next
+        `flush`, or the end, at the latest."""
+
+    def flush(self) -> None:
+        """Wake the reader for what was put."""
 
     def finish(self, reason: FinishReason) -> None:
         """The sequence ended as asked."""

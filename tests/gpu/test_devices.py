@@ -68,10 +68,10 @@ PROGRAM = """
     for stream in streams:
         next(stream)
     run = ModelRunner.run
-    def faulty(self, step):
+    def faulty(self, step, launched):
         if self._device.type == "cuda":
             fault()
-        return run(self, step)
+        return run(self, step, launched)
     ModelRunner.run = faulty
     streams.append(ask(model))
 

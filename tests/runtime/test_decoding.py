@@ -404,10 +404,12 @@ def test_a_row_that_fails_alone_too_ends_alone(
     def broken(self: LlavaModel, *arguments: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("planted")
 
-    def picky(self: ModelRunner, step: list[Scheduled]) -> list[int | None]:
+    def picky(
+        self: ModelRunner, step: list[Scheduled], launched: Callable[[], None]
+    ) -> list[int | None]:
         if any(entry.sequence.seed == 7 and entry.sequence.completion_len for entry in step):
             raise ValueError("planted")
-        return run(self, step)
+        return run(self, step, launched)
 
     monkeypatch.setattr(LlavaModel, "decode_logits", broken)
     monkeypatch.setattr(ModelRunner, "run", picky)

@@ -6,7 +6,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,16 @@ import pytest
 import torch
 from support.pictures import picture as decoded
 from support.pictures import values
-from support.runtime import Sink, World, make_world, running, settled
+from support.runtime import Sink, World, make_world, running, settled, until
 
 from llava_engine import FinishReason, SamplingParams
 from llava_engine.errors import MemoryExhausted, RequestFailed, WorkerDied
 from llava_engine.network.attention import DensePrefill, PrefillAttention
 from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime.kv_cache import KVCache
+from llava_engine.runtime.model_runner import ModelRunner
 from llava_engine.runtime.runtime import DeviceRuntime
+from llava_engine.runtime.scheduler import Scheduled
 from llava_engine.runtime.sequence import Picture
 
 
@@ -367,6 +369,55 @@ def test_a_dead_loop_fails_every_stream_and_says_why(
         made._thread.join(10)
         made.on_death(causes.append)
         assert [str(cause) for cause in causes] == ["planted", "planted"]
+
+
+@pytest.mark.parametrize("other_fails", [False, True])
+def test_a_reader_is_told_of_a_token_before_the_runtime_rests(
+    world: World, other_fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its sequence is paused and the other one's step fails."""
+    run = ModelRunner.run
+
+    def picky(
+        self: ModelRunner, step: list[Scheduled], launched: Callable[[], None]
+    ) -> list[int | None]:
+        if other_fails and any(entry.sequence.seed == 7 for entry in step):
+            raise ValueError("planted")
+        return run(self, step, launched)
+
+    monkeypatch.setattr(ModelRunner, "run", picky)
+    paused, other = Sink(room=1), Sink()
+    for runtime in running(world, 400):
+        runtime.submit(world.sequence(None, [60] * 23, 5, paused))  # all that a step takes
+        runtime.submit(world.sequence(None, [61], 1, other, seed=7))
+        until(other.ended.is_set)
+        until(lambda: paused.flushed == 1)
+        paused.cancelled = True
+        settled(runtime)
+    assert (other.error is not None) == other_fails
+
+
+def test_readers_are_woken_when_the_device_has_work(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not between the steps of other prompts: they would take Python's lock while it waits."""
+    first, long, told = Sink(), Sink(), []
+    forward, submitted = LlavaModel.forward, threading.Event()
+
+    def watched(self: LlavaModel, *arguments: Any) -> torch.Tensor:
+        submitted.wait()
+        told.append(len(first.tokens) - first.flushed)
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(LlavaModel, "forward", watched)
+    for runtime in running(world, 400):
+        runtime.submit(world.sequence(None, [60] * 23, 5, first))
+        runtime.submit(world.sequence(None, [61] * 100, 1, long))
+        submitted.set()
+        first.wait()
+        long.wait()
+        settled(runtime)
+    assert told[1:4] == [1, 1, 1]
 
 
 def test_an_idle_runtime_uses_no_processor(runtime: DeviceRuntime) -> None:

@@ -50,6 +50,8 @@ class Sink:
         if self.cancel_after is not None and len(self.tokens) >= self.cancel_after:
             self.cancelled = True
 
+    def flush(self) -> None: ...
+
     def finish(self, reason: FinishReason) -> None:
         self.ended.set()
 

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 class Sink:
     """A reader that waits for the end and may lose interest after some tokens.
 
-    room: tokens that it still takes.
+    room: tokens that it still takes. flushed: tokens that the reader was told of.
     """
 
     def __init__(self, cancel_after: int | None = None, room: int = 1 << 30) -> None:
@@ -38,6 +38,7 @@ class Sink:
         self.room = room
         self.cached = 0
         self.tokens: list[int] = []
+        self.flushed = 0
         self.ended = threading.Event()
         self.reason: FinishReason | None = None
         self.error: LlavaError | None = None
@@ -51,6 +52,9 @@ class Sink:
         self.tokens.append(token_id)
         if self.cancel_after is not None and len(self.tokens) >= self.cancel_after:
             self.cancelled = True
+
+    def flush(self) -> None:
+        self.flushed = len(self.tokens)
 
     def finish(self, reason: FinishReason) -> None:
         assert not self.ended.is_set()

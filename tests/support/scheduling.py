@@ -29,6 +29,8 @@ class Sink:
         self.room -= 1
         self.tokens.append(token_id)
 
+    def flush(self) -> None: ...
+
     def finish(self, reason: FinishReason) -> None:
         assert self.reason is None and self.error is None
         self.reason = reason
