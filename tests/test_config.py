@@ -46,6 +46,8 @@ def test_a_variable_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch
         (EngineConfig, "device", "cuda:x", ValueError),
         (EngineConfig, "dtype", "int8", TypeError),
         (EngineConfig, "prefill", "fp4", TypeError),
+        (EngineConfig, "quantization", "fp4", TypeError),
+        (EngineConfig, "quantization", 4, TypeError),
         (EngineConfig, "block_size", 0, ValueError),
         (EngineConfig, "block_size", "64", TypeError),
         (EngineConfig, "kv_cache_mb", -1, ValueError),
@@ -100,3 +102,16 @@ def test_a_switch_that_is_neither_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LLAVA_ENGINE_PROGRAMMATIC_LAUNCH", "maybe")
     with pytest.raises(ValueError, match="LLAVA_ENGINE_PROGRAMMATIC_LAUNCH='maybe'"):
         EngineConfig.from_env()
+
+
+@pytest.mark.parametrize("text", ["nf4", "int8", "fp8"])
+def test_a_format_comes_from_the_environment(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_ENGINE_QUANTIZATION", text)
+    assert EngineConfig.from_env().quantization == text
+    monkeypatch.setenv("LLAVA_ENGINE_QUANTIZATION", "none")
+    assert EngineConfig.from_env().quantization is None
+
+
+def test_fp8_copies_are_for_weights_that_are_whole() -> None:
+    with pytest.raises(ValueError, match='prefill="fp8".*not quantised'):
+        EngineConfig(prefill="fp8", quantization="nf4")

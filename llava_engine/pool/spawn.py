@@ -202,7 +202,9 @@ class Spawn:
             for name, need in self._model.spec.smaller(devices[0].name).items()
             if plan_workers(need, devices, host, held, fraction=fraction, wanted=1).placements
         ]
-        return f"; what fits: EngineConfig(quantization={' or '.join(fitting)})" if fitting else ""
+        if not fitting:
+            return ""
+        return f"; EngineConfig(quantization=...) would fit with {' or '.join(fitting)}"
 
     def _working(self, devices: list[DeviceMemory]) -> list[DeviceMemory]:
         """Those that have not failed in this process. Raises DeviceLost if there is none."""

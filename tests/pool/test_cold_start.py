@@ -31,7 +31,7 @@ from llava_engine.errors import (
     SpawnFailed,
     WeightsError,
 )
-from llava_engine.pool.sizing import DeviceMemory
+from llava_engine.pool.sizing import DeviceMemory, Need
 from llava_engine.pool.worker import Backend, WorkerState
 
 
@@ -80,6 +80,30 @@ def test_a_full_gpu_has_nothing_available_and_never_less() -> None:
         pool.add_model(FakeModel().spec(first=20 * GB))
         with pytest.raises(MemoryExhausted, match="Need 20480 MB, only 0 MB available"):
             ask(pool).text()
+
+
+@pytest.mark.parametrize(
+    ("free", "fits"),
+    [
+        (
+            20 * GB,
+            '; EngineConfig(quantization=...) would fit with "int8" (900 MB) or "nf4" (400 MB)',
+        ),
+        (800, '; EngineConfig(quantization=...) would fit with "nf4" (400 MB)'),
+        (300, ""),
+    ],
+)
+def test_the_message_says_in_which_formats_a_worker_would_fit(free: int, fits: str) -> None:
+    needs = {"int8": Need(900, 100, 10), "nf4": Need(400, 100, 10)}
+    spec = dataclasses.replace(FakeModel().spec(first=30 * GB), smaller=lambda device: needs)
+    with make_pool(FakeProbe(DeviceMemory("cuda:0", 24 * GB, free))) as pool:
+        pool.add_model(spec)
+        with pytest.raises(MemoryExhausted) as raised:
+            ask(pool).text()
+        limit = min(free, 24 * GB * 8 // 10)
+        assert str(raised.value) == (
+            f"Cannot spawn workers for fake. Need 30720 MB, only {limit} MB available{fits}"
+        )
 
 
 def test_the_estimate_gives_way_to_what_was_measured() -> None:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -23,6 +24,7 @@ from llava_engine.pool.sizing import (
     SystemProbe,
     cgroup_limits,
     estimate_need,
+    formats_needed,
     kv_share_mb,
     plan_workers,
 )
@@ -290,6 +292,90 @@ def test_fp8_copies_come_with_the_weights() -> None:
     assert seven_b / (1 << 20) < 7_168
     alone = replace(info, est_worker_share_mb=None)
     assert estimate_need(alone, config, "cuda:0") == Need(20_480 + 7_680, 20_480 + 7_680, 3_072)
+
+
+LINEAR = {
+    "llava-1.5-7b": (32 * (4 * 4096 * 4096 + 3 * 4096 * 11008), 7_063_427_072),
+    "llava-1.5-13b": (40 * (4 * 5120 * 5120 + 3 * 5120 * 13824), 13_350_839_296),
+}
+"""Weights in the decoder's products, and all parameters."""
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize(("format", "bits"), [("nf4", 4 + 8 / 64), ("int8", 8), ("fp8", 8)])
+def test_a_formats_estimate_holds_its_weights(
+    format: Literal["nf4", "int8", "fp8"], bits: float, name: str
+) -> None:
+    """And no more than a twentieth too much."""
+    products, parameters = LINEAR[name]
+    size = (products * bits / 8 + (parameters - products) * 2) / (1 << 20)
+    need = estimate_need(lookup(name), EngineConfig(quantization=format), "cuda:0")
+    assert size < need.first_mb - need.next_mb < 1.05 * size
+
+
+def test_formats_that_no_record_has_are_derived() -> None:
+    info = replace(lookup("llava-1.5-7b"), est_quantised=())
+    products, parameters = LINEAR["llava-1.5-7b"]
+    whole = estimate_need(info, EngineConfig(), "cuda:0")
+    for config, bits in (
+        (EngineConfig(quantization="nf4"), 4),
+        (EngineConfig(quantization="int8"), 8),
+        (EngineConfig(quantization="fp8"), 8),
+    ):
+        need = estimate_need(info, config, "cuda:0")
+        size = (products * bits / 8 + (parameters - products) * 2) / (1 << 20)
+        assert need.next_mb == whole.next_mb
+        assert size < need.first_mb - need.next_mb < 1.25 * size
+
+
+def test_on_the_cpu_what_is_not_quantised_takes_32_bits() -> None:
+    info, config = lookup("llava-1.5-7b"), EngineConfig(quantization="nf4", pixel_cache_mb=0)
+    products, parameters = LINEAR["llava-1.5-7b"]
+    size = (products / 2 + (parameters - products) * 4) / (1 << 20)
+    need = estimate_need(info, config, "cpu")
+    assert size < need.first_mb - need.next_mb < 1.25 * size
+    assert need.next_mb == 2 * estimate_need(info, config, "cuda:0").next_mb
+    assert kv_share_mb(info, config, "cpu") == need.next_mb * 3 // 4
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization", "card_mb", "workers"),
+    [
+        ("llava-1.5-7b", None, 8188, 0),
+        ("llava-1.5-7b", "int8", 8188, 0),
+        ("llava-1.5-7b", "nf4", 8188, 2),  # as a GeForce of "8 GB" has them
+        ("llava-1.5-7b", "nf4", 6144, 0),
+        ("llava-1.5-7b", "int8", 16_376, 2),
+        ("llava-1.5-7b", "fp8", 16_376, 2),
+        ("llava-1.5-13b", "nf4", 12_282, 1),
+        ("llava-1.5-13b", "nf4", 16_376, 2),
+        ("llava-1.5-13b", "int8", 24_564, 2),
+    ],
+)
+def test_workers_on_a_card_by_format(
+    name: str,
+    quantization: Literal["nf4", "int8", "fp8"] | None,
+    card_mb: int,
+    workers: int,
+) -> None:
+    need = estimate_need(lookup(name), EngineConfig(quantization=quantization), "cuda:0")
+    card = DeviceMemory("cuda:0", card_mb, card_mb)
+    assert len(devices_of(need, card)) == workers
+
+
+def test_smaller_formats_are_offered_largest_first() -> None:
+    info = lookup("llava-1.5-7b")
+
+    def offered(**settings: Any) -> list[str]:
+        return list(formats_needed(info, EngineConfig(**settings), "cuda:0"))
+
+    assert offered() == ["int8", "fp8", "nf4"]
+    assert offered(quantization="int8") == offered(quantization="fp8") == ["nf4"]
+    assert offered(quantization="nf4") == offered(prefill="fp8") == []
+    needs = formats_needed(info, EngineConfig(kv_cache_mb=512), "cuda:0")
+    assert needs["nf4"] == estimate_need(
+        info, EngineConfig(kv_cache_mb=512, quantization="nf4"), "cuda:0"
+    )
 
 
 def test_kept_pixels_are_the_hosts_wherever_the_model_is() -> None:
