@@ -17,6 +17,10 @@ STABLE_TORCH_LIBRARY_IMPL(llava_engine, CUDA, m) {
   m.impl("norm_linear", TORCH_BOX(&llava_engine::norm_linear));
   m.impl("norm_linear_silu_mul", TORCH_BOX(&llava_engine::norm_linear_silu_mul));
   m.impl("norm_qkv_rope_append", TORCH_BOX(&llava_engine::norm_qkv_rope_append));
+  m.impl("quant_linear_add", TORCH_BOX(&llava_engine::quant_linear_add));
+  m.impl("quant_norm_linear_silu_mul", TORCH_BOX(&llava_engine::quant_norm_linear_silu_mul));
+  m.impl("quant_norm_qkv_rope_append", TORCH_BOX(&llava_engine::quant_norm_qkv_rope_append));
+  m.impl("dequantize_rows", TORCH_BOX(&llava_engine::dequantize_rows));
   m.impl("matmul_store", TORCH_BOX(&llava_engine::matmul_store));
   m.impl("matmul_add", TORCH_BOX(&llava_engine::matmul_add));
   m.impl("matmul_silu_mul", TORCH_BOX(&llava_engine::matmul_silu_mul));

@@ -7,6 +7,7 @@
 
 #include "common.cuh"
 #include "linear_epilogues.cuh"
+#include "linear_rows.cuh"
 #include "mma.cuh"
 #include "ops.h"
 #include "ring.cuh"
@@ -21,7 +22,6 @@ constexpr int kDepth = 32;           // inputs that a warp takes at once: two mm
 constexpr int kConsumers = 4;        // warps that multiply, each every fourth 32 inputs
 constexpr int kConsumerThreads = kConsumers * kWarp;
 constexpr int kThreads = kConsumerThreads + kWarp;  // and one that keeps the ring full
-[[maybe_unused]] constexpr int kLoads = 4;  // 16-byte loads of x that a thread has in flight
 [[maybe_unused]] constexpr int kBatch = 4;  // 16-byte loads of weights, and of x, before they are multiplied
 constexpr int kPad = 64;   // bytes between rows in shared memory: two rows, 64 bytes of each, at once
 
@@ -35,10 +35,6 @@ struct Product {
   int pairs;  // of weight rows; which two, the epilogue says
   int piece, slots;  // the ring: slots of `piece` inputs of a unit's rows
 };
-
-[[maybe_unused]] __device__ inline void consumers_sync() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory");
-}
 
 // What is in shared memory: x [tokens] and the ring [slots, kRows], rows padded; what the warps have
 // of a unit, for two units; the slots' barriers.
@@ -97,84 +93,6 @@ __device__ void fill_ring(const Product<T>& product, const Epilogue& epilogue,
 }
 #endif
 
-// Waits for the predecessor; then x, or its RMSNorm, into shared memory. x is read past L1, since
-// the predecessor wrote it while this block was here already. The consumers do it, in teams of which
-// each has a token at a time; a thread rereads only what it wrote, until the barrier at the end.
-template <typename T>
-__device__ void load_rows(const Product<T>& product, int stride, T* rows) {
-  __shared__ float squares[kConsumers];
-  const int vectors = product.inputs / kVector;
-  const int teams = product.tokens >= kConsumers ? kConsumers : product.tokens >= 2 ? 2 : 1;
-  const int members = kConsumerThreads / teams;
-  const int team = threadIdx.x / members, member = threadIdx.x % members;
-  const bool norm = product.gain != nullptr;
-  uint4 gains[kLoads];  // the first of this thread's, in time
-  if (norm) {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int v = member + i * members;
-      if (v < vectors) gains[i] = reinterpret_cast<const uint4*>(product.gain)[v];
-    }
-  }
-  wait_for_predecessor();
-  for (int round = 0; round < product.tokens; round += teams) {
-    const int token = round + team;
-    const bool there = token < product.tokens;
-    T* row = rows + token * stride;
-    float sum = 0.0f;
-    if (there) {
-      const uint4* from =
-          reinterpret_cast<const uint4*>(product.x + static_cast<int64_t>(token) * product.inputs);
-      for (int base = member; base < vectors; base += kLoads * members) {
-        uint4 words[kLoads];
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          const int v = base + i * members;
-          if (v < vectors) words[i] = __ldcg(from + v);
-        }
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          const int v = base + i * members;
-          if (v >= vectors) break;
-          *reinterpret_cast<uint4*>(row + v * kVector) = words[i];
-          if (!norm) continue;
-          float values[kVector];
-          load(reinterpret_cast<const T*>(&words[i]), values);
-#pragma unroll
-          for (int j = 0; j < kVector; ++j) sum += values[j] * values[j];
-        }
-      }
-    }
-    if (!norm) continue;
-    sum = warp_sum(sum);
-    if (threadIdx.x % kWarp == 0) squares[threadIdx.x / kWarp] = sum;
-    consumers_sync();
-    sum = 0.0f;
-    for (int w = 0; w < kConsumers / teams; ++w) sum += squares[team * (kConsumers / teams) + w];
-    const float scale = rsqrtf(sum / product.inputs + product.eps);
-    const auto normalise = [&](int v, const T* gain) {
-      float values[kVector], factors[kVector];
-      load(row + v * kVector, values);
-      load(gain, factors);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) values[j] = rounded<T>(values[j] * scale) * factors[j];
-      store(row + v * kVector, values);
-    };
-    if (there) {
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int v = member + i * members;
-        if (v < vectors) normalise(v, reinterpret_cast<const T*>(&gains[i]));
-      }
-      for (int v = member + kLoads * members; v < vectors; v += members) {
-        normalise(v, product.gain + v * kVector);
-      }
-    }
-    if (round + teams < product.tokens) consumers_sync();  // squares are used again
-  }
-  consumers_sync();
-}
-
 template <typename T, typename Epilogue>
 __global__ __launch_bounds__(kThreads, 4) void product_kernel(Product<T> product,
                                                               Epilogue epilogue) {
@@ -199,7 +117,9 @@ __global__ __launch_bounds__(kThreads, 4) void product_kernel(Product<T> product
     fill_ring(product, epilogue, layout, ring, full, empty);
     return;
   }
-  load_rows(product, layout.x_stride, x);
+  __shared__ float squares[kConsumers];
+  load_rows<kConsumers>(product.x, product.gain, product.eps, product.tokens, product.inputs,
+                        layout.x_stride, x, squares);
 
   // Lane 4 * g + t has inputs 8 * t of token g and of row g. An mma pairs inputs by their place in a
   // fragment, so any order serves that is the same for both.
@@ -243,7 +163,7 @@ __global__ __launch_bounds__(kThreads, 4) void product_kernel(Product<T> product
     // before last has gone on.
     float2* mine = sums + turn % 2 * kConsumerThreads;
     mine[threadIdx.x] = {c[0][0] + c[1][0], c[0][1] + c[1][1]};
-    consumers_sync();
+    consumers_sync<kConsumers>();
     if (finishes) {
       float2 sum = mine[lane];
 #pragma unroll
@@ -362,36 +282,13 @@ void norm_linear_silu_mul(Tensor out, Tensor x, Tensor norm_weight, double eps, 
 void norm_qkv_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Tensor norm_weight,
                           double eps, Tensor qkv, Tensor cos_sin, Tensor positions,
                           Tensor slot_mapping) {
-  STD_TORCH_CHECK(q.dim() == 3 && k_cache.dim() == 4,
-                  "q must be [T, heads, D], the caches [blocks, heads, block_size, D]");
-  const ScalarType type = x.scalar_type();
-  const int64_t tokens = x.size(0), q_heads = q.size(1), dim = q.size(2);
-  const int64_t kv_heads = k_cache.size(1), heads = q_heads + 2 * kv_heads;
-  STD_TORCH_CHECK(dim % 2 == 0 && k_cache.size(3) == dim && qkv.size(0) == heads * dim &&
-                      v_cache.numel() == k_cache.numel(),
-                  "sizes of q, the caches and qkv do not fit each other");
-  check_column(q, type, tokens * q_heads * dim, "q");
-  for (const Tensor* cache : {&k_cache, &v_cache}) {
-    check_dense(*cache, "cache");
-    check_type(*cache, type, "cache");
-  }
-  check_dense(cos_sin, "cos_sin");
-  check_type(cos_sin, ScalarType::Float, "cos_sin");
-  STD_TORCH_CHECK(cos_sin.dim() == 2 && cos_sin.size(1) == dim, "cos_sin must be [positions, D]");
-  check_column(positions, ScalarType::Long, tokens, "positions");
-  check_column(slot_mapping, ScalarType::Long, tokens, "slot_mapping");
-  run(x, &norm_weight, eps, qkv, heads * dim / 2, [&](auto zero) {
-    using T = decltype(zero);
-    return RotateAndAppend<T>{data<T>(q),
-                              data<T>(k_cache),
-                              data<T>(v_cache),
-                              data<float>(cos_sin),
-                              data<int64_t>(positions),
-                              data<int64_t>(slot_mapping),
-                              static_cast<int>(q_heads),
-                              static_cast<int>(kv_heads),
-                              static_cast<int>(dim / 2),
-                              static_cast<int>(k_cache.size(2))};
+  const RopeSizes sizes =
+      check_rope(q, k_cache, v_cache, x.scalar_type(), x.size(0), cos_sin, positions, slot_mapping);
+  const int64_t outputs = (sizes.q_heads + 2 * sizes.kv_heads) * sizes.dim;
+  STD_TORCH_CHECK(qkv.size(0) == outputs, "qkv does not fit q and the caches");
+  run(x, &norm_weight, eps, qkv, outputs / 2, [&](auto zero) {
+    return rotate_and_append<decltype(zero)>(sizes, q, k_cache, v_cache, cos_sin, positions,
+                                             slot_mapping, 0);
   });
 }
 

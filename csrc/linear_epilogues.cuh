@@ -111,4 +111,49 @@ struct RotateAndAppend {
   }
 };
 
+struct RopeSizes {
+  int64_t q_heads, kv_heads, dim;
+};
+
+inline RopeSizes check_rope(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                            ScalarType type, int64_t tokens, const Tensor& cos_sin,
+                            const Tensor& positions, const Tensor& slot_mapping) {
+  STD_TORCH_CHECK(q.dim() == 3 && k_cache.dim() == 4,
+                  "q must be [T, heads, D], the caches [blocks, heads, block_size, D]");
+  const RopeSizes sizes{q.size(1), k_cache.size(1), q.size(2)};
+  STD_TORCH_CHECK(sizes.dim % 2 == 0 && k_cache.size(3) == sizes.dim &&
+                      v_cache.numel() == k_cache.numel(),
+                  "sizes of q and the caches do not fit each other");
+  check_column(q, type, tokens * sizes.q_heads * sizes.dim, "q");
+  for (const Tensor* cache : {&k_cache, &v_cache}) {
+    check_dense(*cache, "cache");
+    check_type(*cache, type, "cache");
+  }
+  check_dense(cos_sin, "cos_sin");
+  check_type(cos_sin, ScalarType::Float, "cos_sin");
+  STD_TORCH_CHECK(cos_sin.dim() == 2 && cos_sin.size(1) == sizes.dim,
+                  "cos_sin must be [positions, D]");
+  check_column(positions, ScalarType::Long, tokens, "positions");
+  check_column(slot_mapping, ScalarType::Long, tokens, "slot_mapping");
+  return sizes;
+}
+
+// The epilogue for the rows from `start` on.
+template <typename T>
+RotateAndAppend<T> rotate_and_append(const RopeSizes& sizes, const Tensor& q,
+                                     const Tensor& k_cache, const Tensor& v_cache,
+                                     const Tensor& cos_sin, const Tensor& positions,
+                                     const Tensor& slot_mapping, int64_t start) {
+  return {data<T>(q) + start * sizes.q_heads * sizes.dim,
+          data<T>(k_cache),
+          data<T>(v_cache),
+          data<float>(cos_sin),
+          data<int64_t>(positions) + start,
+          data<int64_t>(slot_mapping) + start,
+          static_cast<int>(sizes.q_heads),
+          static_cast<int>(sizes.kv_heads),
+          static_cast<int>(sizes.dim / 2),
+          static_cast<int>(k_cache.size(2))};
+}
+
 }  // namespace llava_engine

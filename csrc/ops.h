@@ -34,6 +34,19 @@ void norm_qkv_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Te
                           double eps, Tensor qkv, Tensor cos_sin, Tensor positions,
                           Tensor slot_mapping);
 
+// quant_linear.cu
+void quant_linear_add(Tensor residual, Tensor x, int64_t format, Tensor weight, Tensor scales);
+void quant_norm_linear_silu_mul(Tensor out, Tensor x, Tensor norm_weight, double eps,
+                                int64_t format, Tensor gate_up, Tensor scales);
+void quant_norm_qkv_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x,
+                                Tensor norm_weight, double eps, int64_t format, Tensor qkv,
+                                Tensor scales, Tensor cos_sin, Tensor positions,
+                                Tensor slot_mapping);
+
+// dequantize.cu
+void dequantize_rows(Tensor out, int64_t format, Tensor weight, Tensor scales, int64_t apart,
+                     int64_t first_row);
+
 // matmul.cu
 bool matmul_takes(const Tensor& x, const Tensor& weight);  // no op: whether the ones below do
 void matmul_store(Tensor out, Tensor x, Tensor weight, std::optional<Tensor> bias,

@@ -95,6 +95,13 @@ __device__ inline uint64_t evict_first() {
   return policy;
 }
 
+// For what is read again soon.
+__device__ inline uint64_t evict_normal() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // Before a copy may write what ordinary loads and stores have used: by the threads that have, before
 // they tell the copier.
 __device__ inline void copies_fence() {

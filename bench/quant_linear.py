@@ -1,0 +1,206 @@
+"""What do products with 8- and 4-bit weights take by batch, beside bitsandbytes' own kernels?
+
+The four products of a layer of LLaVA-1.5-7B with all that is folded in, random weights, as graphs
+of calls that rotate over gigabytes of weights; medians of replays. bitsandbytes' 4-bit products,
+where the package is there, are the product alone: no norm, rotation, activation or residual.
+
+    python bench/quant_linear.py [--json PATH] [--rows 1 2 ...] [--formats nf4 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench.kernels import (
+    BLOCK,
+    DEVICE,
+    DIM,
+    HEADS,
+    HIDDEN,
+    WIDE,
+    Call,
+    copy_ceiling,
+    half,
+    replay_us,
+)
+from llava_engine.kernels.library import programmatic_launch, require_kernels
+from llava_engine.kernels.quant_linear import (
+    FORMATS,
+    QuantMatrix,
+    dequantize_rows,
+    quant_linear_add,
+    quant_norm_linear_silu_mul,
+    quant_norm_qkv_rope_append,
+)
+
+ROTATED_BYTES = 1 << 31
+TILE_BYTES = 32 << 20  # of dequantised rows, as csrc/decoder.cpp has them
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of the layer: its matrix, and how far apart its pairs' rows are."""
+
+    name: str
+    outputs: int
+    inputs: int
+    apart: int
+
+
+PRODUCTS = (
+    Product("qkv", 3 * HIDDEN, HIDDEN, DIM // 2),
+    Product("out", HIDDEN, HIDDEN, 1),
+    Product("gate_up", 2 * WIDE, HIDDEN, WIDE),
+    Product("down", HIDDEN, WIDE, 1),
+)
+
+
+def random_matrix(kind: str, product: Product) -> QuantMatrix:
+    """Random bits where every pattern is a number, small scales."""
+    outputs, inputs = product.outputs, product.inputs
+    index = FORMATS.index(kind)
+
+    def bits(*shape: int) -> torch.Tensor:
+        return torch.randint(256, shape, device=DEVICE, dtype=torch.uint8)
+
+    if kind == "nf4":
+        head = torch.rand(outputs // 16, 64, device=DEVICE) * 1e-3
+        head[:, 3::4] = 0
+        steps = bits(outputs // 16, inputs // 128 * 1056)
+        packed = torch.cat((head.view(torch.uint8), steps), dim=1)
+        code = torch.linspace(-1, 1, 256, device=DEVICE)
+        return QuantMatrix(index, packed, code, outputs, inputs, product.apart)
+    scales = torch.full((outputs,), 1e-3, device=DEVICE)
+    values = bits(outputs, inputs)
+    if kind == "int8":
+        return QuantMatrix(index, values.view(torch.int8), scales, outputs, inputs, product.apart)
+    finite = (values & 0xBF).view(torch.float8_e4m3fn)
+    return QuantMatrix(index, finite, scales, outputs, inputs, product.apart)
+
+
+def caller(product: Product, rows: int) -> Callable[[QuantMatrix], Call]:
+    """What makes a call of the product with a matrix."""
+    x, gain, residual = half(rows, product.inputs), half(product.inputs), half(rows, HIDDEN)
+    if product.name == "qkv":
+        q, cache = half(rows, HEADS, DIM), half(rows, HEADS, BLOCK, DIM)
+        places = torch.arange(rows, device=DEVICE)
+        where = (torch.randn(4096, DIM, device=DEVICE), places, places * BLOCK)
+        return lambda matrix: (
+            lambda: quant_norm_qkv_rope_append(q, cache, cache, x, gain, 1e-5, matrix, *where)
+        )
+    if product.name == "gate_up":
+        out = half(rows, WIDE)
+        return lambda matrix: lambda: quant_norm_linear_silu_mul(out, x, gain, 1e-5, matrix)
+    return lambda matrix: lambda: quant_linear_add(residual, x, matrix)
+
+
+def nbytes(matrix: QuantMatrix) -> int:
+    return matrix.weight.nbytes + matrix.scales.nbytes
+
+
+def ours(kind: str, product: Product, rows_of: list[int]) -> Iterator[dict[str, object]]:
+    first = random_matrix(kind, product)
+    count = max(4, ROTATED_BYTES // nbytes(first))
+    matrices = [first, *(random_matrix(kind, product) for _ in range(count - 1))]
+    for rows in rows_of:
+        call = caller(product, rows)
+        calls = [call(matrix) for matrix in matrices]
+        with programmatic_launch(True):
+            times = [replay_us(calls) for _ in range(2)]
+        yield {
+            "format": kind,
+            "product": product.name,
+            "rows": rows,
+            "us": times[0],
+            "us_again": times[1],
+            "gb_per_s": nbytes(first) / times[0] / 1e3,
+        }
+    tile = half(TILE_BYTES // 2 // product.inputs, product.inputs)
+    starts = range(0, product.outputs - len(tile) + 1, len(tile))
+    calls = [
+        partial(dequantize_rows, tile, matrix, start) for matrix in matrices[:4] for start in starts
+    ]
+    us = replay_us(calls) * product.outputs / len(tile)
+    yield {"format": kind, "product": product.name, "rows": 0, "us": us}
+
+
+def theirs(product: Product, rows_of: list[int]) -> Iterator[dict[str, object]]:
+    """bitsandbytes' matmul_4bit with double-quantised weights."""
+    import bitsandbytes
+
+    functional = bitsandbytes.functional
+    weight = half(product.outputs, product.inputs) * 0.02
+    packed, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    count = max(4, ROTATED_BYTES // packed.nbytes)
+    weights = [packed, *(packed.clone() for _ in range(count - 1))]
+    for rows in rows_of:
+        x = half(rows, product.inputs)
+        calls = [
+            partial(bitsandbytes.matmul_4bit, x, codes.t(), quant_state=state) for codes in weights
+        ]
+        yield {
+            "format": "bitsandbytes nf4",
+            "product": product.name,
+            "rows": rows,
+            "us": replay_us(calls),
+        }
+
+
+def main() -> None:
+    """Print one line per case; write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS))
+    arguments = parser.parse_args()
+    require_kernels(DEVICE)
+    torch.manual_seed(0)
+    cases = []
+    with torch.inference_mode():
+        ceiling = copy_ceiling()
+        print(f"{torch.cuda.get_device_name()}: copy {ceiling:.0f} GB/s")
+        for kind in arguments.formats:
+            for product in PRODUCTS:
+                cases += report(ours(kind, product, arguments.rows), ceiling)
+        if importlib.util.find_spec("bitsandbytes") is not None:
+            few = [rows for rows in arguments.rows if rows <= 16]
+            for product in PRODUCTS:
+                cases += report(theirs(product, few), ceiling)
+    record = {
+        "commit": os.environ.get("COMMIT", "unknown"),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "copy_gb_per_s": ceiling,
+        "rows": cases,
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def report(cases: Iterator[dict[str, object]], ceiling: float) -> list[dict[str, object]]:
+    """The cases, printed in a line; 0 rows are those of dequantising the matrix."""
+    made = []
+    for case in cases:
+        if "gb_per_s" in case:
+            case["share_of_copy_ceiling"] = case["gb_per_s"] / ceiling
+        made.append(case)
+    line = "  ".join(
+        f"{case['rows']}: {case['us']:.1f}"
+        + (f" ({100 * case['share_of_copy_ceiling']:.0f}%)" if "gb_per_s" in case else "")
+        for case in made
+    )
+    print(f"{made[0]['format']:>16} {made[0]['product']:<8} {line}", flush=True)
+    return made
+
+
+if __name__ == "__main__":
+    main()
