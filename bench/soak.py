@@ -1,71 +1,65 @@
 """Does anything grow, hang or end wrongly under hours of good, bad, slow and cancelled requests?
 
-llava-tiny on the CPU in a pool of its own, asked through the public API by threads and by one event
-loop, over files, bytes and URLs (bench/soak_requests.py has the kinds, bench/soak_server.py the
-server, in another process). Faults, each of which fails the run: an outcome that is not right for
-its kind, a stream that has not ended after a minute, a request that the pool has not counted, a KV
-block held or a request queued when nothing runs, a connection to a forbidden address, more threads
-or descriptors at the end than after warm-up.
+llava-tiny in a pool of its own, asked through the public API by threads and by one event loop, over
+files, bytes and URLs (bench/soak_requests.py has the kinds, bench/soak_server.py the server, in
+another process). Faults, each of which fails the run: an outcome that is not right for its kind, a
+stream that has not ended after a minute, a request that the pool has not counted, a KV block held
+or a request queued when nothing runs, a connection to a forbidden address, more threads or
+descriptors at the end than after warm-up.
 
-Memory: every few seconds the asking is paused until nothing runs; then garbage is collected, the
-heap's free pages are given back (malloc_trim) and RSS is read, so that what requests hold while
-they run is no noise. One malloc arena, a fixed mmap threshold and no caches of threads (set by
-starting anew) keep the allocator's own high-water marks out, so the figure is not that of a process
-with glibc's defaults. The slope is least squares over the readings after the first quarter; its
-standard error is widened for readings that depend on their neighbours (lag-1 autocorrelation r:
+Memory: every few seconds the asking is paused until nothing runs, so that what requests hold while
+they run is no noise, and bench/soak_figures.py reads RSS and what malloc has given out. The second
+is the sharper: a small leak fills holes in pages that are there already for a long time before RSS
+shows it. malloc has one arena, a fixed mmap threshold, no caches of threads, and Python's objects
+(all set by starting anew), and gives back its free pages before each reading, so the figures are
+not those of a process with glibc's defaults. The slopes are least squares over the second half of
+the run; the first is warm-up, in which thread stacks and caches reach the size they keep. Standard
+errors are widened for readings that depend on their neighbours (lag-1 autocorrelation r:
 (1 + r) / (1 - r) as much variance). "flat" is a 95 % interval wholly under 1 MB/h, "grows" one
-wholly above, and "undecided" asks for a longer run; only "flat" passes. `--leak` keeps 4 KB a
-request, and must end as "grows".
+wholly above, and "undecided" asks for a longer run; only two times "flat" passes. `--leak 2` keeps
+2 MB an hour more in small objects, and must end as "grows".
 
-    python -m bench.soak [--minutes 10] [--leak] [--json PATH]
+`--device cuda` is for a GPU, and for less time: the card's memory is judged instead of the host's,
+and at the end a kernel is poisoned in another process (bench/soak_poison.py).
+
+    python -m bench.soak [--minutes 10] [--device cuda] [--leak MB_PER_HOUR] [--json PATH]
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import ctypes
 import faulthandler
-import gc
 import json
-import math
 import os
 import platform
-import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from array import array
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 import llava_engine
+from bench.soak_figures import Figures, judge_counts, judge_device, judge_memory
+from bench.soak_load import Load
 from bench.soak_requests import (
     MAX_BYTES,
+    MAX_UNREAD,
     PICTURES,
     QUERY,
-    Kind,
     SlowFile,
     all_kinds,
     picture_name,
-    run,
-    run_async,
     write_pictures,
 )
 from llava_engine import EngineConfig, PoolConfig, VisionModel, WorkerPool
 
-LIMIT_MB_H = 1.0
-LEAK_BYTES = 4096
 STUCK_S = 60.0
-THREADS, TASKS = 6, 6
-WARM_UP = 0.25  # of the run
+WARM_UP = 0.5  # of the run
 ALLOCATOR = {
+    "PYTHONMALLOC": "malloc",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "131072",
     "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
@@ -73,158 +67,14 @@ ALLOCATOR = {
 ROOT = Path(__file__).parent.parent
 
 
-class Load:
-    """The requests in flight, and what became of all others. Thread-safe."""
-
-    def __init__(self, kinds: list[Kind], leak: bool) -> None:
-        self.kinds = {kind.name: kind for kind in kinds}
-        self.outcomes: dict[str, Counter[str]] = {kind.name: Counter() for kind in kinds}
-        self.stopping = False
-        self._leaked: list[bytes] | None = [] if leak else None
-        self._paused = False
-        self._lock = threading.Lock()
-        self._running: Counter[str] = Counter()
-        self._deck: list[str] = []
-
-    @property
-    def requests(self) -> int:
-        """How many have ended."""
-        return sum(counts.total() for counts in self.outcomes.values())
-
-    def begin(self, chance: random.Random) -> Kind | None:
-        """A kind to ask now, each as often as any other; None while asking is paused."""
-        with self._lock:
-            if self._paused:
-                return None
-            if not self._deck:
-                self._deck = chance.sample(list(self.kinds), len(self.kinds))
-            name = self._deck.pop()
-            self._running[name] += 1
-            return self.kinds[name]
-
-    def end(self, kind: Kind, outcome: str) -> None:
-        """A request that `begin` gave has ended so."""
-        with self._lock:
-            self._running[kind.name] -= 1
-            self.outcomes[kind.name][outcome] += 1
-            if self._leaked is not None:
-                self._leaked.append(os.urandom(LEAK_BYTES))
-
-    def pause(self, timeout: float) -> list[str]:
-        """Begin nothing more and wait for the rest; returns the kinds that did not end in time."""
-        self._paused = True
-        until = time.monotonic() + timeout
-        while time.monotonic() < until:
-            with self._lock:
-                left = [name for name, count in self._running.items() if count]
-            if not left:
-                return []
-            time.sleep(0.01)
-        return left
-
-    def resume(self) -> None:
-        """Go on asking."""
-        self._paused = False
-
-    def unexpected(self) -> list[str]:
-        """A line for each outcome that is not right for its kind."""
-        return [
-            f"{name}: {outcome} ({count} times)"
-            for name, counts in self.outcomes.items()
-            for outcome, count in counts.items()
-            if outcome not in self.kinds[name].expected
-        ]
-
-    def ask(self, seed: int) -> None:
-        """A thread: one request after the other."""
-        chance = random.Random(seed)
-        while not self.stopping:
-            kind = self.begin(chance)
-            if kind is None:
-                time.sleep(0.01)
-            else:
-                self.end(kind, run(kind, chance))
-
-    async def _ask_async(self, seed: int) -> None:
-        chance = random.Random(seed)
-        while not self.stopping:
-            kind = self.begin(chance)
-            if kind is None:
-                await asyncio.sleep(0.01)
-            else:
-                self.end(kind, await run_async(kind, chance))
-
-    async def _tasks(self) -> None:
-        await asyncio.gather(*(self._ask_async(1_000 + index) for index in range(TASKS)))
-
-    def start(self) -> list[threading.Thread]:
-        """All that ask; they end soon after `stopping`."""
-        threads = [
-            threading.Thread(target=self.ask, args=(index,), daemon=True)
-            for index in range(THREADS)
-        ]
-        threads.append(threading.Thread(target=lambda: asyncio.run(self._tasks()), daemon=True))
-        for thread in threads:
-            thread.start()
-        return threads
-
-
-def slope(times: list[float], values: list[float]) -> tuple[float, float]:
-    """Least squares: the slope, and half its 95 % interval, widened for autocorrelation.
-
-    Infinite for fewer than 4 readings.
-    """
-    count = len(times)
-    if count < 4:
-        return 0.0, math.inf
-    middle, mean = sum(times) / count, sum(values) / count
-    spread = sum((t - middle) ** 2 for t in times)
-    pairs = list(zip(times, values, strict=True))
-    rise = sum((t - middle) * (v - mean) for t, v in pairs) / spread
-    rest = [v - mean - rise * (t - middle) for t, v in pairs]
-    squares = sum(r * r for r in rest)
-    if squares == 0:
-        return rise, 0.0
-    lag = sum(a * b for a, b in zip(rest, rest[1:], strict=False)) / squares
-    lag = min(0.95, max(0.0, lag))
-    error = math.sqrt(squares / (count - 2) / spread * (1 + lag) / (1 - lag))
-    return rise, 2.0 * error
-
-
-def judge_memory(seconds: list[float], rss: list[float]) -> dict[str, Any]:
-    """The slope of RSS (bytes) in MB an hour, and "flat", "grows" or "undecided"."""
-    rise, half = (3600 / 1e6 * value for value in slope(seconds, rss))
-    verdict = "undecided"
-    if rise + half < LIMIT_MB_H:
-        verdict = "flat"
-    elif rise - half > LIMIT_MB_H:
-        verdict = "grows"
-    return {
-        "slope_mb_per_hour": rise,
-        "half_95_percent_interval": half if math.isfinite(half) else None,
-        "limit_mb_per_hour": LIMIT_MB_H,
-        "readings": len(seconds),
-        "verdict": verdict,
-    }
-
-
-def judge_counts(what: str, counts: list[int]) -> list[str]:
-    """A fault if there are more at the end than after warm-up."""
-    return (
-        [f"{what}: {counts[0]} after warm-up, {counts[-1]} now"] if counts[-1] > counts[0] else []
-    )
-
-
 class Quiet:
     """Readings of the process while nothing runs; the faults that they showed."""
 
-    def __init__(self, load: Load, model: VisionModel, pool: WorkerPool, alone: str) -> None:
+    def __init__(
+        self, load: Load, model: VisionModel, pool: WorkerPool, alone: str, device: str
+    ) -> None:
         self._load, self._model, self._pool, self._alone = load, model, pool, alone
-        self._process = psutil.Process()
-        self._trim = ctypes.CDLL(None).malloc_trim
-        # Arrays, so that the readings themselves are no slope.
-        self.seconds, self.rss = array("d"), array("d")
-        self.threads, self.descriptors = array("l"), array("l")
+        self.figures = Figures(device)
         self.faults: list[str] = []
         self.own_requests = 0
 
@@ -243,15 +93,12 @@ class Quiet:
         held = self._wait_until_free()
         if held:
             self.faults.append(held)
-        gc.collect()
-        self._trim(0)
-        self.seconds.append(time.monotonic())
-        self.rss.append(self._process.memory_info().rss)
-        self.threads.append(self._process.num_threads())
-        self.descriptors.append(self._process.num_fds())
+        figures = self.figures
+        figures.read()
         print(
-            f"{self._load.requests} requests, {self.rss[-1] / 1e6:.2f} MB, "
-            f"{self.threads[-1]} threads, {self.descriptors[-1]} descriptors",
+            f"{self._load.requests} requests, {figures.rss[-1] / 1e6:.2f} MB, "
+            f"{figures.heap[-1] / 1e6:.3f} of malloc's, "
+            f"{figures.threads[-1]} threads, {figures.descriptors[-1]} descriptors",
             file=sys.stderr,
         )
         self._load.resume()
@@ -297,10 +144,10 @@ def fill_crews(model: VisionModel, base: str, picture: bytes) -> int:
     return len(streams)
 
 
-def soak(seconds: float, *, leak: bool = False) -> dict[str, Any]:
+def soak(seconds: float, *, device: str = "cpu", leak: float = 0.0) -> dict[str, Any]:
     """Run it; returns the record for the JSON file."""
     torch.set_num_threads(1)
-    every = min(5.0, seconds / 20)
+    every = min(5.0, seconds / 24)
     with tempfile.TemporaryDirectory() as folder, WorkerPool(PoolConfig()) as pool:
         directory = Path(folder)
         write_pictures(directory)
@@ -313,7 +160,7 @@ def soak(seconds: float, *, leak: bool = False) -> dict[str, Any]:
         assert server.stdout is not None
         port = int(server.stdout.readline())
         config = EngineConfig(
-            device="cpu",
+            device=device,
             allow_hosts=("127.0.0.1",),
             fetch_timeout=3.0,  # a busy machine's slow URLs take a second
             # Small, so that all of it is in use, and in turnover, before warm-up is over.
@@ -321,10 +168,13 @@ def soak(seconds: float, *, leak: bool = False) -> dict[str, Any]:
             image_cache_mb=1,
             pixel_cache_mb=1,
             max_image_bytes=MAX_BYTES,
+            max_unread_tokens=MAX_UNREAD,
         )
         model = llava_engine.get("llava-tiny", config, pool=pool)
-        load = Load(all_kinds(model, directory, port), leak)
-        quiet = Quiet(load, model, pool, f"http://127.0.0.1:{port}/alone/{picture_name(0)}")
+        # On a GPU an answer may depend on the batch it was computed in.
+        load = Load(all_kinds(model, directory, port, one_answer=device == "cpu"), leak)
+        alone = f"http://127.0.0.1:{port}/alone/{picture_name(0)}"
+        quiet = Quiet(load, model, pool, alone, device)
         first = (directory / picture_name(0)).read_bytes()
         model.describe_image(first, QUERY).text()
         quiet.own_requests += 1
@@ -343,53 +193,98 @@ def soak(seconds: float, *, leak: bool = False) -> dict[str, Any]:
         health = pool.health()["models"][model.registry_key]
     if forbidden != "0":
         quiet.faults.append(f"connections that reached a forbidden address: {forbidden}")
-    warm = sum(1 for at in quiet.seconds if at < began + WARM_UP * seconds)
-    counts = {"threads": list(quiet.threads)[warm:], "descriptors": list(quiet.descriptors)[warm:]}
-    faults = load.unexpected() + quiet.faults
-    for what, values in counts.items():
-        faults += judge_counts(what, values) if values else [f"{what}: no reading after warm-up"]
-    memory = judge_memory(list(quiet.seconds)[warm:], list(quiet.rss)[warm:])
     return {
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "minutes": (time.monotonic() - began) / 60,
-        "leak_bytes_per_request": LEAK_BYTES if leak else 0,
+        "leak_mb_per_hour": leak,
         "requests": load.requests,
         "outcomes": {name: dict(counter) for name, counter in load.outcomes.items()},
         "pool_outcomes": health["outcomes"],
         "forbidden_connections": int(forbidden),
+        **judge(quiet.figures, began + WARM_UP * seconds, load.unexpected() + quiet.faults),
+    }
+
+
+def judge(figures: Figures, warm_at: float, faults: list[str]) -> dict[str, Any]:
+    """What the readings after `warm_at` say, beside the faults that are known; "passed" if all is
+    well."""
+    warm = sum(1 for at in figures.seconds if at < warm_at)
+    counts = {
+        what: list(getattr(figures, what))[warm:]
+        for what in ("threads", "descriptors", "device_allocated", "device_used")
+    }
+    seconds = list(figures.seconds)[warm:]
+    rss = judge_memory(seconds, list(figures.rss)[warm:])
+    heap = judge_memory(seconds, list(figures.heap)[warm:])
+    flat = rss["verdict"] == heap["verdict"] == "flat"
+    for what in ("threads", "descriptors"):
+        faults = faults + judge_counts(what, counts[what])
+    if figures.device_used:
+        flat = True  # or there is a fault
+        for what in ("device_allocated", "device_used"):
+            faults = faults + judge_device(what, counts[what])
+    return {
         **{
             what: {"after_warm_up": values[0], "most": max(values), "end": values[-1]}
             for what, values in counts.items()
             if values
         },
-        "rss": memory,
-        "rss_mb": [round(value / 1e6, 2) for value in quiet.rss],
+        "rss": rss,
+        "heap": heap,
+        "rss_mb": [round(value / 1e6, 2) for value in figures.rss],
+        "heap_mb": [round(value / 1e6, 3) for value in figures.heap],
         "faults": faults,
-        "passed": not faults and memory["verdict"] == "flat",
+        "passed": not faults and flat,
     }
+
+
+def poison() -> dict[str, Any]:
+    """bench/soak_poison.py's record; a hang is one, too."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.soak_poison"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=STUCK_S,
+        )
+    except subprocess.TimeoutExpired:
+        return {"passed": False, "faults": [f"it hung for {STUCK_S:.0f} s"]}
+    lines = done.stdout.splitlines()
+    if not lines:
+        return {"passed": False, "faults": [f"it ended with {done.returncode} and no record"]}
+    record: dict[str, Any] = json.loads(lines[-1])
+    return {**record, "passed": record["passed"] and done.returncode == 0}
 
 
 def main() -> None:
     """Print the record, write JSON if asked; exit with 1 unless it passed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--leak", action="store_true", help="keep 4 KB a request: must fail")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--leak", type=float, default=0, metavar="MB_H", help="keep so much: must fail"
+    )
     parser.add_argument("--json", type=Path, help="the record is put beside what is there")
     arguments = parser.parse_args()
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        # glibc reads these when the process starts.
+        # glibc and Python read these when the process starts.
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         os.execve(
             sys.executable,
             [sys.executable, "-m", "bench.soak", *sys.argv[1:]],
-            os.environ | ALLOCATOR | {"PYTHONPATH": str(ROOT)},
+            os.environ | ALLOCATOR | {"PYTHONPATH": path},
         )
-    record = soak(60 * arguments.minutes, leak=arguments.leak)
+    device = "cuda:0" if arguments.device == "cuda" else "cpu"
+    record = soak(60 * arguments.minutes, device=device, leak=arguments.leak)
+    if arguments.device == "cuda":
+        record["poisoned_kernel"] = poison()
+        record["passed"] = record["passed"] and record["poisoned_kernel"]["passed"]
     print(json.dumps(record, indent=1))
     if arguments.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        )
         about = {
-            "commit": commit.stdout.strip(),
+            "commit": commit(),
+            "command": " ".join(["python -m bench.soak", *sys.argv[1:]]),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cpus": os.cpu_count(),
@@ -399,6 +294,16 @@ def main() -> None:
         old["leaking_control" if arguments.leak else "soak"] = about | record
         arguments.json.write_text(json.dumps(old, indent=1) + "\n")
     sys.exit(not record["passed"])
+
+
+def commit() -> str:
+    """What runs here: COMMIT where it is set (bench/gpu.sh, without a repository), else HEAD."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    return head.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -19,8 +19,12 @@ from llava_engine import ChunkStream, FinishReason, LlavaError, RequestCancelled
 
 PICTURES = 24
 MAX_BYTES = 1 << 18  # of one picture, as the engine is told
+MAX_UNREAD = 16  # tokens, as the engine is told
 QUERY = "Describe the picture."
-LONG = {"max_new_tokens": 400, "ignore_eos": True}  # longer than anybody here waits
+# Longer than anybody here waits: read MAX_UNREAD tokens at a time it takes 25 times LATE.
+LONG = {"max_new_tokens": 400, "ignore_eos": True}
+WHOLE = {"max_new_tokens": 48, "ignore_eos": True}  # read late, but to its end
+LATE = 0.02
 SHORT = {"max_new_tokens": 12}
 OK = frozenset({"stop", "length"})
 DROPPED = "dropped"  # the stream was dropped while it ran: there is nobody to see how it ended
@@ -72,14 +76,18 @@ def picture_name(index: int) -> str:
     return f"{index}.{('png', 'jpg', 'webp')[index % 3]}"
 
 
-def all_kinds(model: VisionModel, directory: Path, port: int) -> list[Kind]:
-    """Every kind; `directory` has what write_pictures wrote."""
+def all_kinds(
+    model: VisionModel, directory: Path, port: int, *, one_answer: bool = True
+) -> list[Kind]:
+    """Every kind; `directory` has what write_pictures wrote. one_answer: the same question about
+    the same picture must get the same text each time."""
     base = f"http://127.0.0.1:{port}"
     files = [(directory / picture_name(index)).read_bytes() for index in range(PICTURES)]
-    answers: dict[int, str] = {}
+    answers: dict[tuple[int, int], str] = {}
 
-    def known(index: int, stream: ChunkStream) -> ChunkStream:
-        stream.answers, stream.index = answers, index  # type: ignore[attr-defined]
+    def known(index: int, stream: ChunkStream, most: int = 12) -> ChunkStream:
+        if one_answer:
+            stream.answers, stream.index = answers, (index, most)  # type: ignore[attr-defined]
         return stream
 
     def path(chance: random.Random) -> ChunkStream:
@@ -108,6 +116,10 @@ def all_kinds(model: VisionModel, directory: Path, port: int) -> list[Kind]:
     def long_answer(chance: random.Random, **options: Any) -> ChunkStream:
         return model.describe_image(chance.choice(files), QUERY, **LONG, **options)
 
+    def whole(chance: random.Random) -> ChunkStream:
+        index = chance.randrange(PICTURES)
+        return known(index, model.describe_image(files[index], QUERY, **WHOLE), 48)
+
     def mutated(chance: random.Random) -> ChunkStream:
         data = bytearray(chance.choice(files))
         for _ in range(chance.randrange(1, 20)):
@@ -134,6 +146,7 @@ def all_kinds(model: VisionModel, directory: Path, port: int) -> list[Kind]:
             leave=chance.choice(ways),
             chunks=chance.randrange(chunks + 1),
             delay=chance.uniform(0, most_s),
+            pause=LATE,
         )
 
     blocked = address(
@@ -157,6 +170,7 @@ def all_kinds(model: VisionModel, directory: Path, port: int) -> list[Kind]:
     broken, large = frozenset({"ImageDecodeError"}), frozenset({"ImageTooLarge"})
     failed = frozenset({"FetchFailed"})
     too_long = frozenset({"PromptTooLong"})
+    whole_length = frozenset({"length"})
     ways = "cancel", "close", "with", "drop", "elsewhere", "task"
     return [
         Kind("good path", path, OK),
@@ -166,6 +180,9 @@ def all_kinds(model: VisionModel, directory: Path, port: int) -> list[Kind]:
         Kind("slow URL", url("slow"), OK),
         Kind("slow file", slow_file, OK),
         Kind("slow reader", encoded, OK, lambda chance: Reading(pause=0.05)),
+        Kind("reader far behind", whole, whole_length, lambda chance: Reading(pause=0.1)),
+        Kind("hardly read", lambda chance: long_answer(chance, timeout=0.4), timed_out,
+             lambda chance: Reading(pause=1.0)),
         Kind("mutated picture", mutated, OK | broken | large),
         Kind("cut picture", cut, broken),
         Kind("no picture", picture(b"<html>no picture</html>"), broken),
@@ -197,7 +214,8 @@ def all_kinds(model: VisionModel, directory: Path, port: int) -> list[Kind]:
         Kind("cancelled by another", long_answer, cancelled, leaving("elsewhere", most_s=0.1)),
         Kind("no time at all", lambda chance: long_answer(chance, timeout=0.001), timed_out),
         Kind("no time to fetch", lambda chance: long_url(chance, timeout=0.15), timed_out),
-        Kind("no time to decode", lambda chance: long_answer(chance, timeout=0.15), timed_out),
+        Kind("no time to decode", lambda chance: long_answer(chance, timeout=0.15), timed_out,
+             lambda chance: Reading(pause=LATE)),
     ]  # fmt: skip
 
 
@@ -220,7 +238,7 @@ def run(kind: Kind, chance: random.Random) -> str:
             timer = threading.Timer(reading.delay, stream.cancel)
             timer.start()
             for _ in stream:
-                pass
+                time.sleep(reading.pause)
             timer.join()
             return _ended(stream)
         for _ in range(reading.chunks):
@@ -253,10 +271,10 @@ async def run_async(kind: Kind, chance: random.Random) -> str:
         if reading.leave == "elsewhere":
             asyncio.get_running_loop().call_later(reading.delay, stream.cancel)
             async for _ in stream:
-                pass
+                await asyncio.sleep(reading.pause)
             return _ended(stream)
         if reading.leave == "task":
-            task = asyncio.create_task(stream.atext())
+            task = asyncio.create_task(_read(stream, reading.pause))
             del stream
             await asyncio.sleep(reading.delay)
             task.cancel()
@@ -283,6 +301,11 @@ async def run_async(kind: Kind, chance: random.Random) -> str:
         return _ended(stream)
     except Exception as error:
         return outcome_of(error)
+
+
+async def _read(stream: ChunkStream, pause: float) -> None:
+    async for _ in stream:
+        await asyncio.sleep(pause)
 
 
 def _ended(stream: ChunkStream) -> str:

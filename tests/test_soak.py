@@ -7,12 +7,15 @@ import os
 import random
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench.soak import Load, judge_counts, judge_memory, slope
+from bench.soak import ALLOCATOR, judge
+from bench.soak_figures import Figures, judge_counts, judge_device, judge_memory, slope
+from bench.soak_load import Load
 from bench.soak_requests import Kind
 
 ROOT = Path(__file__).parent.parent
@@ -43,8 +46,8 @@ def test_ten_seconds_of_everything(tmp_path: Path) -> None:
     ("growth", "noise", "verdict"),
     [
         (0.0, 1e4, "flat"),
-        (4096 * 60, 1e5, "grows"),  # 4 KB a request, 60 requests a second
-        (2e6 / 3600, 1e4, "grows"),
+        (2e6 / 3600, 1e4, "grows"),  # what the leaking control keeps
+        (0.8e6 / 3600, 1e4, "flat"),
         (0.0, 5e6, "undecided"),
     ],
 )
@@ -77,11 +80,61 @@ def test_a_descriptor_more_at_the_end_is_a_fault() -> None:
     assert judge_counts("descriptors", [11, 11, 12]) == ["descriptors: 11 after warm-up, 12 now"]
 
 
+def readings(growth: float) -> Figures:
+    """As of a process whose malloc gives out `growth` bytes more each second."""
+    figures = Figures("cpu")
+    for at in range(100):
+        figures.seconds.append(at)
+        figures.rss.append(3e8)
+        figures.heap.append(2e8 + growth * at)
+        figures.threads.append(9)
+        figures.descriptors.append(9)
+    return figures
+
+
+def test_growth_that_rss_does_not_show_fails_the_run() -> None:
+    assert judge(readings(0.0), 50.0, [])["passed"]
+    assert not judge(readings(0.0), 50.0, ["a fault"])["passed"]
+    grown = judge(readings(2e6 / 3600), 50.0, [])
+    assert not grown["passed"]
+    assert (grown["rss"]["verdict"], grown["heap"]["verdict"]) == ("flat", "grows")
+
+
+def test_malloc_gives_out_what_is_kept() -> None:
+    """Read as the soak reads, in a process that starts as the soak does."""
+    program = """
+        from bench.soak_figures import Figures
+        figures = Figures("cpu")
+        kept = []
+        for _ in range(3):
+            kept += [bytes(47) for _ in range(20_000)]
+            figures.read()
+        print(figures.heap[2] - figures.heap[1])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=ROOT,
+        env=os.environ | ALLOCATOR | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # 80 bytes are a bytes object of 47; the list and malloc's headers are the rest.
+    assert 20_000 * 80 <= float(done.stdout) <= 20_000 * 120
+
+
+def test_a_card_whose_memory_never_comes_back_is_a_fault_and_a_jitter_is_none() -> None:
+    jitter = [10.0, 12.0] * 10
+    assert judge_device("device", jitter) == []
+    assert judge_device("device", [*jitter, *(value + 5 for value in jitter)]) != []
+    assert judge_device("device", jitter[:6]) != []
+
+
 def test_an_outcome_that_is_not_right_for_its_kind_is_a_fault_and_so_is_none() -> None:
     def never(chance: random.Random) -> None:
         raise AssertionError
 
-    load = Load([Kind("good", never, frozenset({"stop"}))], leak=False)  # type: ignore[arg-type]
+    load = Load([Kind("good", never, frozenset({"stop"}))])  # type: ignore[arg-type]
     chance = random.Random(0)
     for outcome in ("stop", "WorkerDied"):
         kind = load.begin(chance)
