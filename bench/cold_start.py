@@ -79,7 +79,7 @@ def main() -> None:
             write_checkpoint(Path(model), arguments.gigabytes)
         start(model, arguments.device, 0)
         runs = [start(model, arguments.device, 0) for _ in range(arguments.repeats)]
-        warm = start(model, arguments.device, 5)["warm"]
+        (warm,) = start(model, arguments.device, 5)["runs"]
     splits = [run["cold_start_s"] for run in runs]
     medians = {
         name: round(statistics.median(split[name] for split in splits), 4) for name in splits[0]
@@ -97,7 +97,11 @@ def main() -> None:
             "start_to_first_token_s": medians[TOTAL],
             "medians_s": medians,
             "runs": splits,
-            "warm": warm,
+            "warm": {
+                "requests": warm["completed"],
+                "first_token_ms": round(warm["median_ttft_ms"], 3),
+                "token_ms": round(warm["median_tpot_ms"], 3),
+            },
         }
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 import llava_engine
-from llava_engine.cli.bench import bench
+from llava_engine.cli.bench import add_arguments, bench
 from llava_engine.cli.describe import BadInput, describe
 from llava_engine.cli.doctor import doctor
 from llava_engine.cli.listing import list_models
@@ -128,17 +128,12 @@ def _parser() -> argparse.ArgumentParser:
 
     timing = commands.add_parser(
         "bench",
-        help="time a cold start, stage by stage, and warm requests",
-        description="Time this process from its start to its first token, and then warm requests.",
+        help="time a cold start, stage by stage, and requests under load",
+        description="Time this process from its start to its first token, and then requests.",
         epilog=_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    timing.add_argument(
-        "--requests", type=int, default=5, metavar="N", help="warm ones; default: 5"
-    )
-    timing.add_argument(
-        "--max-new-tokens", type=int, default=32, metavar="N", help="of each; default: 32"
-    )
+    add_arguments(timing)
     timing.set_defaults(run=bench)
     for command in (description, timing):
         command.add_argument(
