@@ -305,6 +305,8 @@ def test_models_needs_no_torch(tmp_path):
     assert not listed["llava-1.5-7b"]["here"]
     assert listed["llava-1.5-7b"]["disk_mb"] is None
     assert listed["llava-1.5-7b"]["device_mb"] == 20_480
+    sizes = [listed["llava-1.5-7b"]["quantised"][name]["device_mb"] for name in ("int8", "nf4")]
+    assert 20_480 > sizes[0] > sizes[1] > 3_900
     weights = demo.model_dir() / "model.safetensors"
     assert listed["llava-tiny"]["here"]
     assert 0 <= listed["llava-tiny"]["disk_mb"] * 2**20 - weights.stat().st_size < 2**20
@@ -314,6 +316,7 @@ def test_models_as_a_table(capsys):
     assert cli.main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:2] == ["NAME", "HERE"]
+    assert {"INT8", "FP8", "NF4"} <= set(lines[0].split())
     assert any(line.split()[:2] == ["llava-tiny", "yes"] for line in lines)
 
 
@@ -329,6 +332,8 @@ def test_doctor(capsys):
     assert found["memory"]["total_mb"] <= psutil.virtual_memory().total >> 20
     assert set(found["packages"]) == {"bitsandbytes", "flash-attn", "prometheus-client"}
     assert found["packages"]["prometheus-client"]
+    assert found["formats"] == ["fp8", "int8", "nf4"]
+    assert found["workers"]["llava-tiny"] == {"16 bits": 2, "int8": 2, "fp8": 2, "nf4": 2}
     if not found["gpus"]:
         assert any("GPU" in line for line in found["advice"])
     assert cli.main(["doctor"]) == 0
@@ -336,6 +341,39 @@ def test_doctor(capsys):
     assert torch.__version__ in text
     for line in found["advice"]:
         assert line in text
+
+
+def test_doctor_without_bitsandbytes(capsys, monkeypatch):
+    import importlib.metadata
+
+    def version(name):
+        if name == "bitsandbytes":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["formats"] == ["fp8"]
+    assert set(found["workers"]["llava-1.5-7b"]) == {"16 bits", "fp8"}
+
+
+def test_describe_quantised(capsys):
+    whole, quantised = (
+        cli.main(["describe", "--json", "--device", "cpu", "--max-new-tokens", "8", *more])
+        for more in ([], ["--quantization", "nf4"])
+    )
+    assert whole == quantised == 0
+    texts = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    assert len(texts) == 2 and all(texts)
+    keys = llava_engine.vision_pool().health()["models"]
+    assert any("quantization=nf4" in key for key in keys)
+
+
+def test_a_format_that_there_is_none_of(capsys):
+    assert cli.main(["describe", "--quantization", "int3"]) == cli.BAD_INPUT
+    assert "quantization" in capsys.readouterr().err
 
 
 def test_doctor_knows_the_hubs_settings(tmp_path):

@@ -141,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--device", help='"auto", "cpu", "cuda" or "cuda:N"')
         command.add_argument("--dtype", help='"auto", "float32", "float16" or "bfloat16"')
+        command.add_argument(
+            "--quantization", help='"nf4", "int8" or "fp8"; the checkpoint\'s own if left out'
+        )
 
     models = commands.add_parser("models", help="list the models that are known by name")
     models.set_defaults(run=list_models)

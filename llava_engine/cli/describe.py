@@ -54,7 +54,7 @@ def describe(args: argparse.Namespace) -> None:
 
 def engine_config(args: argparse.Namespace) -> llava_engine.EngineConfig:
     """The environment's, with what the command line sets. Raises BadInput."""
-    settings = {"device": args.device, "dtype": args.dtype}
+    settings = {name: getattr(args, name) for name in ("device", "dtype", "quantization")}
     try:
         config = llava_engine.EngineConfig.from_env()
         return dataclasses.replace(config, **{k: v for k, v in settings.items() if v})

@@ -38,6 +38,8 @@ def doctor(args: argparse.Namespace) -> None:
         ),
         ("hub", f"{found['hub']['endpoint']}{offline}"),
         ("hub cache", found["hub"]["cache"]),
+        ("formats", ", ".join(found["formats"])),
+        *((f"workers of {name}", _counts(counts)) for name, counts in found["workers"].items()),
         *((name, version or "not installed") for name, version in found["packages"].items()),
     ]
     print_table(rows)
@@ -61,6 +63,7 @@ def _findings() -> dict[str, Any]:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             packages[name] = None
+    formats = ["fp8", *(("int8", "nf4") if packages["bitsandbytes"] else ())]
     there, nvml = gpus()
     memory = SystemProbe().host()
     found: dict[str, Any] = {
@@ -73,6 +76,8 @@ def _findings() -> dict[str, Any]:
         "nvml": nvml,
         "kernels": kernels_missing() is None,
         "memory": {"total_mb": memory.total_mb, "free_mb": memory.free_mb},
+        "formats": formats,
+        "workers": _workers(formats),
         "packages": packages,
         "hub": {
             "endpoint": hub.ENDPOINT,
@@ -81,6 +86,40 @@ def _findings() -> dict[str, Any]:
         },
     }
     return {**found, "advice": _advice(found)}
+
+
+def _counts(workers: dict[str, int]) -> str:
+    return ", ".join(f"{count} in {name}" for name, count in workers.items())
+
+
+def _workers(formats: list[str]) -> dict[str, dict[str, int]]:
+    """How many workers of each registered model fit now, by format, if nothing else runs."""
+    from llava_engine.pool.backend import candidate_devices
+    from llava_engine.pool.sizing import SystemProbe, estimate_need, formats_needed, plan_workers
+
+    config, limits, probe = llava_engine.EngineConfig(), llava_engine.PoolConfig(), SystemProbe()
+    host = probe.host()
+    devices = candidate_devices(config, probe.gpus(), host)
+    found = {}
+    for info in llava_engine.models():
+        device = devices[0].name
+        needs = {"none": estimate_need(info, config, device)}
+        needs.update(formats_needed(info, config, device))
+        found[info.registry_key] = {
+            "16 bits" if name == "none" else name: len(
+                plan_workers(
+                    need,
+                    devices,
+                    host,
+                    {},
+                    fraction=limits.memory_fraction,
+                    wanted=limits.max_workers,
+                ).placements
+            )
+            for name, need in needs.items()
+            if name in ("none", *formats)
+        }
+    return found
 
 
 def _advice(found: dict[str, Any]) -> list[str]:

@@ -11,12 +11,14 @@ import llava_engine
 
 
 def list_models(args: argparse.Namespace) -> None:
-    """Print the registered models, whether they are here, and what they take."""
+    """Print the registered models, whether they are here, and what they take in which format."""
     from llava_engine.hub import cached, checkpoint_mb
+    from llava_engine.pool.sizing import formats_needed
 
     found: list[dict[str, Any]] = []
     for info in llava_engine.models():
         directory = cached(info)
+        needs = formats_needed(info, llava_engine.EngineConfig(), "cuda:0")
         found.append(
             {
                 "name": info.registry_key,
@@ -25,13 +27,17 @@ def list_models(args: argparse.Namespace) -> None:
                 "disk_mb": checkpoint_mb(directory) if directory else None,
                 "device_mb": info.est_memory_allocation_mb,
                 "further_worker_mb": info.est_worker_share_mb,
+                "quantised": {
+                    name: {"device_mb": need.first_mb, "further_worker_mb": need.next_mb}
+                    for name, need in needs.items()
+                },
                 "host_mb": info.est_host_memory_mb,
             }
         )
     if args.json:
         print(json.dumps(found))
         return
-    rows = [("NAME", "HERE", "ON DISK", "ON DEVICE", "SOURCE")]
+    rows = [("NAME", "HERE", "ON DISK", "ON DEVICE", "INT8", "FP8", "NF4", "SOURCE")]
     for model in found:
         rows.append(
             (
@@ -39,11 +45,15 @@ def list_models(args: argparse.Namespace) -> None:
                 "yes" if model["here"] else "no",
                 size(model["disk_mb"]),
                 size(model["device_mb"]),
+                *(size(model["quantised"][name]["device_mb"]) for name in ("int8", "fp8", "nf4")),
                 model["source"],
             )
         )
     print_table(rows)
-    print("\nON DEVICE is an estimate: 16-bit weights, a worker's KV cache and workspace.")
+    print(
+        "\nON DEVICE is an estimate: 16-bit weights, a worker's KV cache and workspace. INT8, FP8"
+        "\nand NF4 are that with --quantization, and with a smaller KV cache."
+    )
 
 
 def size(megabytes: int | None) -> str:
