@@ -1,4 +1,4 @@
-"""The CUDA streams of a runtime: one to decode on, one for all other work, one for copies.
+"""The CUDA streams of a runtime: one to decode on, one for all other work.
 
 On other devices there are no streams, and every context here does nothing.
 """
@@ -37,8 +37,8 @@ class DeviceStreams:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the weights may have been written on any stream
             self.decode = _stream(device, priority=-1)
-            self.prefill, self._copy = _stream(device), _stream(device)
-            self._copies = self._host_copies(self._copy)
+            self.prefill = _stream(device)
+            self._copies = self._host_copies(self.prefill)
 
     @contextmanager
     def prefilling(self) -> Iterator[None]:
@@ -77,12 +77,11 @@ class DeviceStreams:
         for array in arrays:
             places.append(total)
             total += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-        with torch.cuda.stream(self._copy):
-            there = torch.empty(total, dtype=torch.uint8, device=self._device)
-            self._copies.send(there.data_ptr(), arrays, places, self._copy.cuda_stream)
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._copy)
-        there.record_stream(current)
+        # On the current stream, not on one of their own: what is copied is needed next, and freeing
+        # a tensor of two streams ends the process once the device is lost.
+        there = torch.empty(total, dtype=torch.uint8, device=self._device)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        self._copies.send(there.data_ptr(), arrays, places, stream)
         return [
             there[place : place + array.nbytes].view(_TYPES[array.dtype.name]).view(array.shape)
             for array, place in zip(arrays, places, strict=True)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -233,12 +233,18 @@ print(json.dumps([text, devices, model["cold_start"], sorted(sys.modules)]))
 """
 
 
+def ran(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, which must succeed."""
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, **options
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def test_a_cold_start_of_a_process(record_property: Callable[[str, object], None]) -> None:
     """It is on the GPU unasked, every stage is told, and torch's compiler stays out of it."""
-    done = subprocess.run(
-        [sys.executable, "-c", COLD], check=True, stdout=subprocess.PIPE, text=True, timeout=120
-    )
-    text, devices, stages, imported = json.loads(done.stdout)
+    text, devices, stages, imported = json.loads(ran("-c", COLD).stdout)
     record_property("cold_start", json.dumps({k: round(v, 3) for k, v in stages.items()}))
     assert text and devices and all(device.startswith("cuda:") for device in devices)
     assert {"imports", "context", "library", "weights", "kv cache, graphs", "total"} <= set(stages)
@@ -248,13 +254,7 @@ def test_a_cold_start_of_a_process(record_property: Callable[[str, object], None
 
 
 def test_the_command_says_that_it_ran_on_the_gpu() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "llava_engine.cli", "describe"],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = ran("-m", "llava_engine.cli", "describe")
     name = torch.cuda.get_device_name()
     assert f"({name}), compiled kernels" in done.stderr and "cuda:" in done.stderr
     assert len(done.stdout.split()) > 2
@@ -267,12 +267,8 @@ def test_a_gpu_that_is_not_used_is_named(tmp_path: Path) -> None:
         package, tmp_path / package.name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
     others = filter(None, [os.environ.get("PYTHONPATH")])
-    done = subprocess.run(
-        [sys.executable, "-m", "llava_engine.cli", "describe", "--max-new-tokens", "2"],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=120,
+    done = ran(
+        *("-m", "llava_engine.cli", "describe", "--max-new-tokens", "2"),
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *others])},
     )
