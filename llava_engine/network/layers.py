@@ -14,7 +14,10 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 
+from llava_engine.kernels import linear, quant_linear
+from llava_engine.kernels.library import using_references
 from llava_engine.kernels.norm import add_layer_norm, layer_norm
+from llava_engine.kernels.quant_linear import QuantMatrix, dequantize_rows
 from llava_engine.quant import Format, QuantisedWeight
 from llava_engine.quant.fp8 import Fp8Weight
 
@@ -68,18 +71,26 @@ class Linear:
     """y = x @ weight.T + bias, of `inputs` to `outputs` numbers. bias: [outputs] or None.
 
     The weight is there once: as `weight` [outputs, inputs], or where there is a format as
-    `quantised`, which network.weights sets. fp8: the former once more in 8 bits, where
-    quantize_for_prefill made it.
+    `quantised`, or as `matrix` where the compiled kernels take that. apart: as QuantMatrix has it.
+    fp8: `weight` once more in 8 bits, where quantize_for_prefill made it.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, bias: bool, place: Placement, format: Format | None = None
+        self,
+        inputs: int,
+        outputs: int,
+        bias: bool,
+        place: Placement,
+        format: Format | None = None,
+        apart: int = 1,
     ) -> None:
         self.inputs, self.outputs = inputs, outputs
         self.format = format
         self.bias = place.empty(outputs) if bias else None
         self.quantised: QuantisedWeight | None = None
+        self.matrix: QuantMatrix | None = None
         self.fp8: Fp8Weight | None = None
+        self._place, self._apart = place, apart
         self._weight = None if format else place.empty(outputs, inputs)
 
     @property
@@ -88,16 +99,52 @@ class Linear:
         assert self._weight is not None, "the weight is quantised"
         return self._weight
 
+    @property
+    def fused_rows(self) -> int:
+        """The most rows that the fused ops of a decoding step take; maybe 0."""
+        if self.format is None:
+            return linear.most_rows(self.weight)
+        if not self._compiled():
+            return 0
+        return quant_linear.most_rows(self.outputs, self.inputs, self._place.device)
+
+    def load(self, weight: QuantisedWeight) -> None:
+        """Take the weight of a product with a format."""
+        if self.fused_rows:
+            self.matrix = QuantMatrix.of(weight, self._apart)
+        else:
+            self.quantised = weight
+
+    def _compiled(self) -> bool:
+        """Whether kernels multiply; their references would have to unpack the weight each time."""
+        place = self._place
+        return place.device.type == "cuda" and place.dtype.itemsize == 2 and not using_references()
+
+    @property
+    def quantised_nbytes(self) -> int:
+        """Bytes of the weight of a product with a format."""
+        if self.matrix is not None:
+            return self.matrix.weight.nbytes + self.matrix.scales.nbytes
+        return 0 if self.quantised is None else self.quantised.nbytes
+
     def quantize_for_prefill(self) -> None:
         """Make `fp8` of the weight, unless it is there: captured graphs have its address."""
         if self.fp8 is None:
             self.fp8 = Fp8Weight.of(self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.whole(x.dtype), self.bias)
+
+    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [outputs, inputs], dequantised to `dtype` where there is a format."""
         if self.format is None:
-            return F.linear(x, self.weight, self.bias)
+            return self.weight
+        if self.matrix is not None:
+            out = torch.empty(self.outputs, self.inputs, dtype=dtype, device=self._place.device)
+            dequantize_rows(out, self.matrix)
+            return out
         assert self.quantised is not None, "the weight is not loaded"
-        return F.linear(x, self.quantised.dequantize(x.dtype), self.bias)
+        return self.quantised.dequantize(dtype)
 
     def slots(self, parts: dict[str, int]) -> Iterator[Slot]:
         """The checkpoint's tensors stacked here, but for a quantised weight; `parts` has the

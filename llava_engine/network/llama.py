@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from llava_engine.errors import UnsupportedModel
-from llava_engine.kernels import linear
+from llava_engine.kernels import linear, quant_linear
 from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.attention import attention_workspace, paged_attention
 from llava_engine.kernels.decoder import decoder_layers
@@ -203,9 +203,9 @@ class _Layer:
         self.products: dict[Linear, dict[str, int]] = {}
         """With the names and output sizes of the checkpoint's matrices, in a step's order."""
 
-        def product(inputs: int, bias: bool, parts: dict[str, int]) -> Linear:
+        def product(inputs: int, bias: bool, parts: dict[str, int], apart: int = 1) -> Linear:
             outputs, names = sum(parts.values()), [f"{name}.weight" for name in parts]
-            made = Linear(inputs, outputs, bias, place, place.format(names, inputs))
+            made = Linear(inputs, outputs, bias, place, place.format(names, inputs), apart)
             self.products[made] = parts
             return made
 
@@ -217,12 +217,13 @@ class _Layer:
                 f"{attention}.k_proj": keys,
                 f"{attention}.v_proj": keys,
             },
+            apart=dim // 2,
         )
         self._out = product(queries, config.attention_bias, {f"{attention}.o_proj": hidden})
         self.post_norm = place.empty(hidden)
         wide = self._wide
         self._gate_up = product(
-            hidden, config.mlp_bias, {f"{mlp}.gate_proj": wide, f"{mlp}.up_proj": wide}
+            hidden, config.mlp_bias, {f"{mlp}.gate_proj": wide, f"{mlp}.up_proj": wide}, apart=wide
         )
         self._down = product(wide, config.mlp_bias, {f"{mlp}.down_proj": hidden})
         self._eps = config.rms_norm_eps
@@ -231,8 +232,8 @@ class _Layer:
         )
         """Whether the fused ops are made for it."""
         self.fused_rows = 0
-        if self.plain and not any(product.format for product in self.products):
-            self.fused_rows = min(linear.most_rows(product.weight) for product in self.products)
+        if self.plain:
+            self.fused_rows = min(product.fused_rows for product in self.products)
 
     def weights(self) -> tuple[torch.Tensor, ...]:
         """What decoder_layers takes of a layer."""
@@ -247,20 +248,14 @@ class _Layer:
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
     ) -> None:
-        rows = len(residual)
+        rows, eps = len(residual), self._eps
         q = residual.new_empty(rows, self._num_heads, self._dim)
-        linear.norm_qkv_rope_append(
-            q,
-            k_cache,
-            v_cache,
-            residual,
-            self.input_norm,
-            self._eps,
-            self._qkv.weight,
-            cos_sin,
-            batch.positions,
-            batch.slot_mapping,
-        )
+        places = cos_sin, batch.positions, batch.slot_mapping
+        before = q, k_cache, v_cache, residual, self.input_norm, eps
+        if self._qkv.matrix is None:
+            linear.norm_qkv_rope_append(*before, self._qkv.weight, *places)
+        else:
+            quant_linear.quant_norm_qkv_rope_append(*before, self._qkv.matrix, *places)
         attended = torch.empty_like(q)
         paged_attention(
             attended,
@@ -274,12 +269,14 @@ class _Layer:
             1,
             self._scale,
         )
-        linear.linear_add(residual, attended.view(rows, -1), self._out.weight)
+        _add_product(residual, attended.view(rows, -1), self._out)
         activated = residual.new_empty(rows, self._wide)
-        linear.norm_linear_silu_mul(
-            activated, residual, self.post_norm, self._eps, self._gate_up.weight
-        )
-        linear.linear_add(residual, activated, self._down.weight)
+        normed = activated, residual, self.post_norm, eps
+        if self._gate_up.matrix is None:
+            linear.norm_linear_silu_mul(*normed, self._gate_up.weight)
+        else:
+            quant_linear.quant_norm_linear_silu_mul(*normed, self._gate_up.matrix)
+        _add_product(residual, activated, self._down)
 
     def attend(
         self,
@@ -311,6 +308,13 @@ class _Layer:
         yield f"{self._prefix}.post_attention_layernorm.weight", self.post_norm
         for product, parts in self.products.items():
             yield from product.slots(parts)
+
+
+def _add_product(residual: torch.Tensor, x: torch.Tensor, product: Linear) -> None:
+    if product.matrix is None:
+        linear.linear_add(residual, x, product.weight)
+    else:
+        quant_linear.quant_linear_add(residual, x, product.matrix)
 
 
 def cos_sin_table(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from llava_engine.kernels import linear
+from llava_engine.kernels.norm import rms_norm
 from llava_engine.kernels.projector import project
 from llava_engine.network.clip import VisionTower
 from llava_engine.network.config import LlavaConfig
@@ -61,8 +62,7 @@ class LlavaModel:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights, their fp8 copies included."""
-        weights = [product.quantised for product, _ in self.quantised()]
-        quantised = sum(weight.nbytes for weight in weights if weight is not None)
+        quantised = sum(product.quantised_nbytes for product, _ in self.quantised())
         return sum(view.nbytes for _, view in self.slots()) + quantised + self._decoder.fp8_nbytes
 
     def quantised(self) -> Iterator[tuple[Linear, dict[str, int]]]:
@@ -130,11 +130,15 @@ class LlavaModel:
         """
         decoder, head = self._decoder, self._head
         embeds = decoder.embed(token_ids)
-        if len(token_ids) > min(decoder.fused_rows, linear.most_rows(head)):
+        if len(token_ids) > decoder.fused_rows:
             return self.logits(decoder(embeds, batch, k_caches, v_caches))
         hidden = decoder.decode(embeds, batch, k_caches, v_caches)
-        logits = torch.empty(len(hidden), len(head), dtype=torch.float32, device=hidden.device)
         eps = self.config.text.rms_norm_eps
+        if len(hidden) > linear.most_rows(head):
+            normed = torch.empty_like(hidden)
+            rms_norm(normed, hidden, decoder.norm, eps)
+            return self.logits(normed)
+        logits = torch.empty(len(hidden), len(head), dtype=torch.float32, device=hidden.device)
         linear.norm_linear(logits, hidden, decoder.norm, eps, head)
         return logits
 

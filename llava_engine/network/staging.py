@@ -44,7 +44,7 @@ class Quantised:
     def use(self, room: torch.Tensor) -> None:
         format = self._product.format
         assert format is not None
-        self._product.quantised = quantised(format, self._matrices(room))
+        self._product.load(quantised(format, self._matrices(room)))
 
     def _matrices(self, room: torch.Tensor) -> list[torch.Tensor]:
         whole = room[: self.nbytes].view(self._dtype).view(-1, self._product.inputs)
@@ -71,7 +71,7 @@ class AsSaved:
         weights: list[QuantisedWeight] = [
             part.weight(mine) for part, mine in zip(self._parts, rooms, strict=True)
         ]
-        self._product.quantised = stacked(weights)  # no longer in the room
+        self._product.load(stacked(weights))  # no longer in the room
 
     def _rooms(self, room: torch.Tensor) -> Sequence[torch.Tensor]:
         return torch.split(room[: self.nbytes], [part.nbytes for part in self._parts])

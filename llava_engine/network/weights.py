@@ -139,7 +139,7 @@ def random_model(
         matrix = torch.empty(product.outputs, product.inputs, device=device, dtype=dtype)
         matrix.normal_(0, 0.02, generator=generator)
         assert product.format is not None
-        product.quantised = quantised(product.format, torch.split(matrix, list(parts.values())))
+        product.load(quantised(product.format, torch.split(matrix, list(parts.values()))))
     return model
 
 

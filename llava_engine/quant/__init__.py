@@ -1,7 +1,7 @@
 """Weights in fewer bits than the activations' type, one kind per file.
 
 Each is a frozen record of device tensors in the rows' natural order: `of` quantises, `stack` makes
-fused matrices, `dequantize` is what they mean, `tensors` is what kernels take.
+fused matrices, `dequantize` is what they mean. kernels.quant_linear has them as kernels do.
 """
 
 from __future__ import annotations

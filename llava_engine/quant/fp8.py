@@ -49,7 +49,7 @@ class Fp8Weight:
         return (self.values.float() * self.scales.unsqueeze(1)).to(dtype)
 
     def tensors(self) -> list[torch.Tensor]:
-        """What kernels take: values, scales."""
+        """All that it holds."""
         return [self.values, self.scales]
 
     @property
@@ -65,7 +65,7 @@ class Fp8Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of both tensors."""
-        return self.values.nbytes + self.scales.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors())
 
 
 def fp8_linear(

@@ -50,8 +50,8 @@ class Int8Weight:
         return (self.values * self.scb.unsqueeze(1) * _RECIPROCAL).to(dtype)
 
     def tensors(self) -> list[torch.Tensor]:
-        """What kernels take: values, and float32 [outputs] to multiply their rows by."""
-        return [self.values, self.scb * _RECIPROCAL]
+        """All that it holds."""
+        return [self.values, self.scb]
 
     @property
     def outputs(self) -> int:
@@ -66,4 +66,4 @@ class Int8Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return self.values.nbytes + self.scb.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors())

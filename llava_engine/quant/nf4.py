@@ -146,7 +146,7 @@ class Nf4Weight:
         return self.code2[self.absmax.int()] * group + offset
 
     def tensors(self) -> list[torch.Tensor]:
-        """What kernels take: codes, absmax, scales2, code2."""
+        """All that it holds."""
         return [self.codes, self.absmax, self.scales2, self.code2]
 
     @property

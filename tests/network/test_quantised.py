@@ -27,7 +27,8 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_engine.errors import KernelsNotBuilt, ModelError, UnsupportedModel, WeightsError
 from llava_engine.network.config import LlavaConfig
-from llava_engine.network.llava import LlavaModel
+from llava_engine.network.layers import Linear
+from llava_engine.network.llava import Batch, LlavaModel
 from llava_engine.network.weights import load_model, random_model
 from llava_engine.quant import Format, quantised
 
@@ -450,6 +451,48 @@ def test_random_weights_are_quantised_too(format: Format, made: Path) -> None:
         assert 0.015 < float(whole.std()) < 0.025
         assert torch.equal(whole, other.quantised.dequantize(torch.float32))
     assert len(greedy(one, [Prompt([1, 20, 21])], 3)[0].token_ids) == 3
+
+
+@pytest.mark.parametrize("rows", [1, 12])
+@pytest.mark.parametrize("format", ["nf4", "int8", "fp8"])
+def test_a_step_with_what_kernels_take(
+    format: Format, rows: int, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernels' references. More rows than the head's kernel takes, too."""
+    dtype = torch.bfloat16
+    plain = load(made / "plain", format, dtype)
+    monkeypatch.setattr(Linear, "_compiled", lambda product: True)
+    packed = load(made / "plain", format, dtype)
+    for (ours, _), (other, _) in zip(packed.quantised(), plain.quantised(), strict=True):
+        assert ours.quantised is None and ours.matrix is not None and other.quantised is not None
+        assert torch.equal(ours.whole(dtype), other.quantised.dequantize(dtype))
+
+    def step(model: LlavaModel) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        text = model.config.text
+        shape = (rows, text.num_kv_heads, 4, text.head_dim)
+        caches = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(2 * text.num_layers)]
+        batch = Batch(
+            positions=torch.zeros(rows, dtype=torch.int64),
+            slot_mapping=torch.arange(rows) * 4,
+            block_table=torch.arange(rows, dtype=torch.int32).unsqueeze(1),
+            query_start=torch.arange(rows + 1, dtype=torch.int32),
+            context_lens=torch.ones(rows, dtype=torch.int32),
+            max_query_len=1,
+        )
+        layers = text.num_layers
+        with torch.inference_mode():
+            logits = model.decode_logits(
+                torch.arange(20, 20 + rows), batch, caches[:layers], caches[layers:]
+            )
+        return logits, caches
+
+    assert packed._decoder.fused_rows >= rows and plain._decoder.fused_rows == 0
+    ours, our_caches = step(packed)
+    theirs, their_caches = step(plain)
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.1)
+    for one, other in zip(our_caches, their_caches, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.1, equal_nan=True)
 
 
 def test_parts_of_a_product_are_quantised_by_themselves() -> None:

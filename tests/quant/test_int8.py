@@ -53,13 +53,6 @@ def test_a_stack_is_its_parts() -> None:
     assert stacked.nbytes == 13 * 48 + 13 * 4
 
 
-def test_the_kernels_scale_is_a_127th_of_the_largest() -> None:
-    ours = Int8Weight.of(weight(6, 64, torch.float16))
-    values, scales = ours.tensors()
-    assert values is ours.values and scales.dtype == torch.float32
-    torch.testing.assert_close(scales.double(), ours.scb.double() / 127, rtol=2**-22, atol=0)
-
-
 def test_without_bitsandbytes_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -59,11 +59,11 @@ def test_the_tensors_are_what_the_kernels_document() -> None:
     codes, state = bnb.quantize_4bit(
         plain, blocksize=64, compress_statistics=True, quant_type="nf4"
     )
-    ours_codes, absmax, scales2, code2 = Nf4Weight.of(plain).tensors()
-    assert torch.equal(ours_codes, codes.view(9, 5504)) and torch.equal(
-        absmax, state.absmax.view(9, 172)
-    )
-    assert torch.equal(code2, state.state2.code)
+    ours = Nf4Weight.of(plain)
+    assert torch.equal(ours.codes, codes.view(9, 5504))
+    assert torch.equal(ours.absmax, state.absmax.view(9, 172))
+    assert torch.equal(ours.code2, state.state2.code)
+    scales2 = ours.scales2
     for row in range(9):
         group, phase = divmod(row * 172, 256)
         assert scales2[row, 0] == state.state2.absmax[group]
