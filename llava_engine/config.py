@@ -61,6 +61,7 @@ class EngineConfig:
     proxy: "http://[user:password@]host:port" for all downloads; HTTP_PROXY and its like are never
         read. Names are looked up and judged here all the same, and the proxy is asked (CONNECT,
         for http too) for the address that was judged, never for a name. Its own is not judged.
+    nvtx: name the runtime's steps and its decoding runs in NVTX ranges and in torch's profiler.
     progress_bar: show on stderr how far loading is, where that is a terminal and it takes over a
         second.
     """
@@ -87,6 +88,7 @@ class EngineConfig:
     max_fetch_bytes: int | None = None
     allow_hosts: tuple[str, ...] = ()
     proxy: str | None = field(default=None, repr=False)  # it may hold a password
+    nvtx: bool = False
     progress_bar: bool = True
 
     def __post_init__(self) -> None:

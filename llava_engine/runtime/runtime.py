@@ -35,6 +35,7 @@ from llava_engine.runtime.decoder import Decoder
 from llava_engine.runtime.feature_cache import FeatureCache
 from llava_engine.runtime.kv_cache import BlockPool, KVCache
 from llava_engine.runtime.model_runner import ModelRunner
+from llava_engine.runtime.ranges import ranges
 from llava_engine.runtime.scheduler import Scheduled, Scheduler
 from llava_engine.runtime.sequence import Sequence, SequenceStatus, TokenSink
 from llava_engine.runtime.streams import DeviceStreams
@@ -90,6 +91,7 @@ class DeviceRuntime:
         )
         attention = "paged" if config.kernels == "reference" else config.attention
         self._streams = DeviceStreams(device)
+        self._range = ranges(config.nvtx, device)
         self._runner = ModelRunner(
             model,
             self._cache,
@@ -295,11 +297,13 @@ class DeviceRuntime:
 
     def _advance(self, step: list[Scheduled]) -> None:
         if step and not all(self._decodes(entry) for entry in step):
-            self._run(step)
+            with self._range("llava_engine: step"):
+                self._run(step)
             return
         self._flush()
         if step:
-            self._decode(step)
+            with self._range("llava_engine: decode"):
+                self._decode(step)
 
     def _flush(self) -> None:
         """Wake the readers of the last step's tokens.
