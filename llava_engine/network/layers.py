@@ -7,7 +7,7 @@ of them that a checkpoint's tensors go to, which is how several tensors become o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -67,11 +67,30 @@ class Placement:
         return torch.empty(shape, device=self.device, dtype=self.dtype)
 
 
+class Slab:
+    """One piece of memory for the like tensors of all layers: the allocator rounds each piece up to
+    whole megabytes, which is 4 % of a model in NF4.
+
+    count: of the tensors, of which the first says what all are like.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._free: list[torch.Tensor] | None = None
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, here."""
+        if self._free is None:
+            self._free = list(tensor.new_empty(self._count, *tensor.shape).unbind())
+        return self._free.pop().copy_(tensor)
+
+
 class Linear:
     """y = x @ weight.T + bias, of `inputs` to `outputs` numbers. bias: [outputs] or None.
 
     The weight is there once: as `weight` [outputs, inputs], or where there is a format as
-    `quantised`, or as `matrix` where the compiled kernels take that. apart: as QuantMatrix has it.
+    `quantised`, or as `matrix`, in `slab`, where the compiled kernels take that. apart: as
+    QuantMatrix has it.
     fp8: `weight` once more in 8 bits, where quantize_for_prefill made it.
     """
 
@@ -90,6 +109,7 @@ class Linear:
         self.quantised: QuantisedWeight | None = None
         self.matrix: QuantMatrix | None = None
         self.fp8: Fp8Weight | None = None
+        self.slab = Slab(1)
         self._place, self._apart = place, apart
         self._weight = None if format else place.empty(outputs, inputs)
 
@@ -111,7 +131,8 @@ class Linear:
     def load(self, weight: QuantisedWeight) -> None:
         """Take the weight of a product with a format."""
         if self.fused_rows:
-            self.matrix = QuantMatrix.of(weight, self._apart)
+            matrix = QuantMatrix.of(weight, self._apart)
+            self.matrix = replace(matrix, weight=self.slab.keep(matrix.weight))
         else:
             self.quantised = weight
 

@@ -25,7 +25,7 @@ from llava_engine.kernels.norm import add_rms_norm, rms_norm
 from llava_engine.kernels.rope_kv import rope_append
 from llava_engine.network.attention import DensePrefill, attention
 from llava_engine.network.config import RopeConfig, TextConfig
-from llava_engine.network.layers import ACTIVATIONS, Linear, Placement, Slot
+from llava_engine.network.layers import ACTIVATIONS, Linear, Placement, Slab, Slot
 
 PREFIX = "language_model.model"
 
@@ -66,6 +66,11 @@ class LlamaDecoder:
             _Layer(config, place, workspace, f"{PREFIX}.layers.{index}")
             for index in range(config.num_layers)
         ]
+        for alike in zip(*(layer.products for layer in self._layers), strict=True):
+            quantised = [product for product in alike if product.format is not None]
+            slab = Slab(len(quantised))
+            for product in quantised:
+                product.slab = slab
         self.norm = place.empty(config.hidden_size)
         self._plain = all(layer.plain for layer in self._layers)
         self._quantised = any(True for _ in self.quantised())

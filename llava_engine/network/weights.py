@@ -140,6 +140,9 @@ def random_model(
         matrix.normal_(0, 0.02, generator=generator)
         assert product.format is not None
         product.load(quantised(product.format, torch.split(matrix, list(parts.values()))))
+        del matrix
+    if quantization is not None and device.type == "cuda":
+        torch.cuda.empty_cache()
     return model
 
 
