@@ -55,8 +55,6 @@ class EngineConfig:
         extra gpu-decode, CUDA alone) for plain ones, whose pixels differ a little; see
         image.gpu_decode.
     fetch_timeout: seconds for one URL, redirects included.
-    max_fetch_bytes: what a worker's downloads may hold together; one that does not fit waits,
-        within its own time. None takes four times max_image_bytes.
     allow_hosts: host names or addresses that `describe_url` may reach although they are private.
     proxy: "http://[user:password@]host:port" for all downloads; HTTP_PROXY and its like are never
         read. Names are looked up and judged here all the same, and the proxy is asked (CONNECT,
@@ -85,7 +83,6 @@ class EngineConfig:
     max_image_pixels: int = 64 << 20
     image_decode: Literal["cpu", "gpu"] = "cpu"
     fetch_timeout: float = 10.0
-    max_fetch_bytes: int | None = None
     allow_hosts: tuple[str, ...] = ()
     proxy: str | None = field(default=None, repr=False)  # it may hold a password
     nvtx: bool = False
@@ -108,11 +105,8 @@ class EngineConfig:
             "max_model_len",
             "max_image_bytes",
             "max_image_pixels",
-            "max_fetch_bytes",
             "fetch_timeout",
         )
-        if self.max_fetch_bytes is not None and self.max_fetch_bytes < self.max_image_bytes:
-            raise ValueError("max_fetch_bytes must not be below max_image_bytes")
         if self.proxy is not None:
             found = PROXY_URL.fullmatch(self.proxy)
             if found is None or not 0 < int(found[3]) < 1 << 16:
@@ -144,6 +138,8 @@ class PoolConfig:
     breaker_failures, breaker_reset, breaker_successes: the circuit opens after so many model
         failures in a row, tries again after so many seconds, closes after so many successes.
     prepare_threads: threads per worker that fetch, decode and tokenise.
+    max_fetch_bytes: what all downloads together may hold, of whatever model; one that does not fit
+        waits, within its own time.
     drain: seconds that shutdown waits for running requests.
     """
 
@@ -158,6 +154,7 @@ class PoolConfig:
     breaker_reset: float = 60.0
     breaker_successes: int = 3
     prepare_threads: int = 4
+    max_fetch_bytes: int = 128 << 20
     drain: float = 5.0
 
     def __post_init__(self) -> None:
@@ -176,6 +173,7 @@ class PoolConfig:
             "breaker_failures",
             "breaker_successes",
             "prepare_threads",
+            "max_fetch_bytes",
         )
         if self.drain < 0 or self.breaker_reset < 0:
             raise ValueError("drain and breaker_reset must not be negative")

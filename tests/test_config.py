@@ -55,8 +55,7 @@ def test_a_variable_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch
         (EngineConfig, "pixel_cache_mb", -1, ValueError),
         (EngineConfig, "max_batch", True, TypeError),
         (EngineConfig, "allow_hosts", "localhost", TypeError),
-        (EngineConfig, "max_fetch_bytes", 0, ValueError),
-        (EngineConfig, "max_fetch_bytes", (32 << 20) - 1, ValueError),
+        (EngineConfig, "max_unread_tokens", 0, ValueError),
         (EngineConfig, "proxy", "https://proxy.test:3128", ValueError),
         (EngineConfig, "proxy", "http://proxy.test", ValueError),
         (EngineConfig, "proxy", "http://proxy.test:65536", ValueError),
@@ -66,6 +65,7 @@ def test_a_variable_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch
         (PoolConfig, "min_workers", 3, ValueError),
         (PoolConfig, "drain", -1.0, ValueError),
         (PoolConfig, "max_queue", 0, ValueError),
+        (PoolConfig, "max_fetch_bytes", 0, ValueError),
     ],
 )
 def test_a_bad_value_names_its_field(
@@ -76,7 +76,7 @@ def test_a_bad_value_names_its_field(
 
 
 def test_a_proxy_s_password_is_not_shown() -> None:
-    config = EngineConfig(proxy="http://user:secret@[::1]:3128/", max_fetch_bytes=32 << 20)
+    config = EngineConfig(proxy="http://user:secret@[::1]:3128/")
     assert "secret" not in repr(config)
     with pytest.raises(ValueError) as caught:
         EngineConfig(proxy="http://user:secret@proxy.test")

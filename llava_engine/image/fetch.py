@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-import threading
 import time
 from collections.abc import Iterable
 
@@ -23,6 +22,7 @@ from llava_engine.errors import (
     ImageError,
     ImageTooLarge,
 )
+from llava_engine.image.budget import ByteBudget
 from llava_engine.image.connect import CheckedBackend, Resolver, system_resolver
 from llava_engine.image.header import FORMATS, MAGIC_BYTES, sniff
 from llava_engine.image.url import check_url
@@ -41,8 +41,8 @@ class Fetcher:
     allow_hosts: host names or addresses, as they stand in URLs, that may be reached although their
         addresses are not public.
     resolver: for tests; the system's by default. ssl_context: for private certificate authorities.
-    budget: bytes that the bodies of all fetches in flight may hold together; 4 x max_bytes by
-        default. A fetch that does not fit waits, within its deadline.
+    budget: for the bodies of fetches in flight, of other Fetchers too where it is shared; None is
+        one of 4 x max_bytes. A fetch that does not fit waits, within its deadline.
     proxy: as in EngineConfig.
     """
 
@@ -54,14 +54,12 @@ class Fetcher:
         allow_hosts: Iterable[str] = (),
         resolver: Resolver | None = None,
         ssl_context: ssl.SSLContext | None = None,
-        budget: int | None = None,
+        budget: ByteBudget | None = None,
         proxy: str | None = None,
     ) -> None:
-        if budget is not None and budget < max_bytes:
-            raise ValueError(f"budget ({budget}) must not be below max_bytes ({max_bytes})")
         self._max_bytes = max_bytes
         self._timeout = timeout
-        self._budget = _Budget(budget or 4 * max_bytes)
+        self._budget = budget or ByteBudget(4 * max_bytes)
         self._backend = CheckedBackend(resolver or system_resolver, allow_hosts, proxy)
         self._pool = httpcore.ConnectionPool(
             ssl_context=ssl_context or httpx.create_ssl_context(trust_env=False),
@@ -158,7 +156,7 @@ class Fetcher:
         size = self._max_bytes if announced is None else announced
         if size > self._max_bytes:
             raise self._too_large()
-        self._budget.take(size, self._backend.remaining())
+        taken = self._budget.take(size, self._backend.remaining())
         try:
             body = bytearray()
             for part in response.iter_stream():  # of at most 64 KiB
@@ -172,7 +170,7 @@ class Fetcher:
                 _check_magic(body)
             return bytes(body)
         finally:
-            self._budget.give(size)
+            self._budget.give(taken)
 
     def _too_large(self) -> ImageTooLarge:
         return ImageTooLarge(f"the picture has more than the {self._max_bytes} bytes allowed")
@@ -217,22 +215,3 @@ def _redirect(url: httpx.URL, location: bytes) -> httpx.URL:
     if not text:
         raise _failed("the server sent a redirect to nowhere", retryable=False)
     return _parse(text, url)
-
-
-class _Budget:
-    """Bytes that are shared out to the fetches in flight."""
-
-    def __init__(self, total: int) -> None:
-        self._free = total
-        self._changed = threading.Condition()
-
-    def take(self, size: int, timeout: float) -> None:
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._free >= size, timeout):
-                raise FetchTimeout("other fetches hold the memory for pictures")
-            self._free -= size
-
-    def give(self, size: int) -> None:
-        with self._changed:
-            self._free += size
-            self._changed.notify_all()

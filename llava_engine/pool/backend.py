@@ -42,6 +42,7 @@ from llava_engine.text.prompt import build_prompt, check_length
 from llava_engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from llava_engine.image.budget import ByteBudget
     from llava_engine.image.fetch import Fetcher
 
 logger = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ class ModelBackend:
         """See Backend."""
         assert request.url is not None
         check_length(request.query, self._runtime.max_model_len)
-        return self._open_fetcher().fetch(request.url, request.channel.deadline)
+        return self._open_fetcher(request.fetches).fetch(request.url, request.channel.deadline)
 
     def start(self, request: Request, worker: str) -> None:
         """See Backend."""
@@ -213,8 +214,9 @@ class ModelBackend:
             )
         )
 
-    def _open_fetcher(self) -> Fetcher:
-        """Made for the first URL: its HTTP client would make every cold start longer."""
+    def _open_fetcher(self, budget: ByteBudget) -> Fetcher:
+        """Made for the first URL: its HTTP client would make every cold start longer. All requests
+        come from one pool, and so with one budget."""
         from llava_engine.image.fetch import Fetcher
 
         with self._fetcher_lock:
@@ -225,7 +227,7 @@ class ModelBackend:
                     max_bytes=self._config.max_image_bytes,
                     timeout=self._config.fetch_timeout,
                     allow_hosts=self._config.allow_hosts,
-                    budget=self._config.max_fetch_bytes,
+                    budget=budget,
                     proxy=self._config.proxy,
                 )
             return self._fetcher

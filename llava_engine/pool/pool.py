@@ -254,9 +254,11 @@ class WorkerPool:
             timeout = self.config.default_timeout
         deadline = None if timeout is None else time.monotonic() + timeout
         request: Request
-        ended = self._state.ended
+        ended, fetches = self._state.ended, self._state.fetches
         channel = Channel(sampling.stop, deadline, on_end=lambda _: ended.put(request))
-        request = Request(registry_key, query, sampling, channel, image, url, priority, cache_salt)
+        request = Request(
+            registry_key, query, sampling, channel, fetches, image, url, priority, cache_salt
+        )
         stream = ChunkStream(channel)
         error = self._admit(request)
         if error is not None:

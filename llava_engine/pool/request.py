@@ -14,6 +14,7 @@ from llava_engine.errors import (
     ModelError,
     RequestFailed,
 )
+from llava_engine.image.budget import ByteBudget
 from llava_engine.stream import Channel
 from llava_engine.types import FinishReason, SamplingParams
 
@@ -26,6 +27,7 @@ class Request:
     """One call of describe_image or describe_url.
 
     image: a picture as `image.load.load_image` takes it; None while a URL is to be fetched.
+    fetches: the pool's memory for downloads.
     worker: who has it; None while the model has no worker.
     """
 
@@ -33,6 +35,7 @@ class Request:
     query: str
     sampling: SamplingParams
     channel: Channel
+    fetches: ByteBudget
     image: Any = None
     url: str | None = None
     priority: int = 0

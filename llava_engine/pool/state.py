@@ -16,6 +16,7 @@ from queue import Empty, SimpleQueue
 
 from llava_engine.config import PoolConfig
 from llava_engine.errors import ShuttingDown
+from llava_engine.image.budget import ByteBudget
 from llava_engine.pool.breaker import CircuitBreaker
 from llava_engine.pool.metrics import Metrics, stages
 from llava_engine.pool.model import Model, ModelSpec
@@ -27,6 +28,7 @@ from llava_engine.pool.worker import WorkerState
 class PoolState:
     """See the module; methods say whether the caller must hold `lock`.
 
+    fetches: the memory that all downloads share.
     ended: requests whose streams have ended; None wakes the maintenance thread.
     closing: nothing new is taken; stopped: nothing is left to look after.
     lost: names of devices that have failed: nothing is put on them any more.
@@ -38,6 +40,7 @@ class PoolState:
         self.probe = probe
         self.clock = clock
         self.pid = os.getpid()
+        self.fetches = ByteBudget(config.max_fetch_bytes)
         self.planning = threading.Lock()
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)

@@ -10,6 +10,7 @@ import contextlib
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -188,6 +189,15 @@ def test_a_kept_connection_that_the_server_closes_is_replaced(server: HttpServer
     assert (server.connections, len(server.requests)) == (4, 7)
 
 
+def wait_for_a_read(thread: threading.Thread) -> None:
+    """Until it sleeps in a socket's recv: a socket that is closed earlier fails of itself."""
+    until = time.monotonic() + 10
+    place = Path(f"/proc/self/task/{thread.native_id}/wchan")
+    while "poll" not in place.read_text():
+        assert time.monotonic() < until, "it does not read"
+        time.sleep(0.001)
+
+
 def test_closing_wakes_a_fetch_in_flight(server: HttpServer) -> None:
     asked = threading.Event()
 
@@ -208,6 +218,7 @@ def test_closing_wakes_a_fetch_in_flight(server: HttpServer) -> None:
     thread = threading.Thread(target=work)
     thread.start()
     assert asked.wait(10)
+    wait_for_a_read(thread)
     closed.close()
     thread.join(25)  # well before the fetch's own deadline
     assert [type(error) for error in errors] == [FetchFailed]

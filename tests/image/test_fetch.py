@@ -24,8 +24,8 @@ from llava_engine.errors import (
     ImageDecodeError,
     ImageTooLarge,
 )
+from llava_engine.image.budget import ByteBudget
 from llava_engine.image.connect import DeadlineStream
-from llava_engine.image.fetch import _Budget
 
 
 @pytest.fixture
@@ -47,13 +47,14 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Set when a fetch has taken its share of the budget, which no server can see."""
     event = threading.Event()
-    take = _Budget.take
+    take = ByteBudget.take
 
-    def taking(self: _Budget, size: int, timeout: float) -> None:
-        take(self, size, timeout)
+    def taking(self: ByteBudget, size: int, timeout: float) -> int:
+        taken = take(self, size, timeout)
         event.set()
+        return taken
 
-    monkeypatch.setattr(_Budget, "take", taking)
+    monkeypatch.setattr(ByteBudget, "take", taking)
     return event
 
 
@@ -202,8 +203,32 @@ def test_fetches_share_a_budget_of_bytes(server: HttpServer, held: threading.Eve
     assert results == [PNG]
     assert shared.fetch(server.url("/a.png", ALLOWED)) == PNG
     shared.close()
-    with pytest.raises(ValueError, match="budget"):
-        fetcher(max_bytes=10, budget=9)
+
+
+def test_a_body_over_the_whole_budget_is_fetched_alone(
+    server: HttpServer, held: threading.Event
+) -> None:
+    release = threading.Event()
+
+    def hold(request: Request, connection: Connection) -> None:
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(PNG) + PNG[:-1])
+        release.wait(30)
+        connection.send(PNG[-1:])
+
+    server.routes["/hold"] = hold
+    with contextlib.closing(fetcher(budget=9)) as shared:
+        results: list[bytes] = []
+        holder = threading.Thread(
+            target=lambda: results.append(shared.fetch(server.url("/hold", ALLOWED)))
+        )
+        holder.start()
+        assert held.wait(10)
+        with pytest.raises(FetchTimeout, match="memory"):
+            shared.fetch(server.url("/a.png", ALLOWED), deadline=time.monotonic() + 0.3)
+        release.set()
+        holder.join()
+        assert results == [PNG]
+        assert shared.fetch(server.url("/a.png", ALLOWED)) == PNG
 
 
 def test_a_fetch_over_the_budget_waits_and_then_succeeds(

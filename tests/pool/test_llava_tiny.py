@@ -17,13 +17,15 @@ from collections.abc import Iterator
 import psutil
 import pytest
 from PIL import Image
-from support.http_server import HttpServer, tunnel
+from support.http_server import Connection, HttpServer, Request, tunnel
 from support.pool_fakes import model_of, wait_for
+from support.runtime import until
 
 import llava_engine
 from llava_engine import (
     BlockedAddress,
     EngineConfig,
+    FetchTimeout,
     PoolConfig,
     VisionModel,
     WorkerDied,
@@ -88,6 +90,37 @@ def test_a_url_through_the_proxy_that_the_configuration_names(pool: WorkerPool) 
             tiny.describe_url(server.url("/scene.png"), QUERY, max_new_tokens=2).text()
     assert [request.target for request in proxy.requests] == ["93.184.215.14:80"]
     assert server.connections == 1
+
+
+def test_downloads_of_all_models_share_one_budget() -> None:
+    encoded = io.BytesIO()
+    picture().save(encoded, "PNG")
+    png, release = encoded.getvalue(), threading.Event()
+
+    def hold(request: Request, connection: Connection) -> None:
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(png) + png[:-1])
+        release.wait(30)
+        connection.send(png[-1:])
+
+    with (
+        HttpServer({"/scene.png": png, "/hold": hold}) as server,
+        WorkerPool(PoolConfig(max_workers=1, max_fetch_bytes=2 * len(png) - 1)) as pool,
+    ):
+        one, other = (
+            llava_engine.get(
+                "llava-tiny", dataclasses.replace(CONFIG, fetch_timeout=seconds), pool=pool
+            )
+            for seconds in (30.0, 0.5)
+        )
+        scene = server.url("/scene.png")
+        said = other.describe_url(scene, QUERY, max_new_tokens=8).text()
+        held = one.describe_url(server.url("/hold"), QUERY, max_new_tokens=8)
+        until(lambda: pool._state.fetches._free == len(png) - 1)
+        with pytest.raises(FetchTimeout, match="memory"):
+            other.describe_url(scene, QUERY).text()
+        release.set()
+        assert held.text() == said
+        assert other.describe_url(scene, QUERY, max_new_tokens=8).text() == said
 
 
 def test_a_hundred_threads_and_a_hundred_tasks(pool: WorkerPool, tiny: VisionModel) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from llava_engine.image.budget import ByteBudget
 from llava_engine.image.connect import Resolver
 from llava_engine.image.fetch import Fetcher
 
@@ -66,7 +67,7 @@ def fetcher(
         allow_hosts=allow,
         resolver=resolver or Names(),
         ssl_context=ssl_context,
-        budget=budget,
+        budget=None if budget is None else ByteBudget(budget),
         proxy=proxy,
     )
 
