@@ -210,7 +210,7 @@ def test_fifty_pools_leave_nothing_behind() -> None:
     # In a process of its own, with one malloc arena: what threads that come and go leave in theirs
     # would hide a leak of tens of MiB.
     code = """
-        import gc, os, threading
+        import ctypes, gc, threading
         import psutil
         from PIL import Image
         import llava_engine
@@ -225,10 +225,10 @@ def test_fifty_pools_leave_nothing_behind() -> None:
                 model = llava_engine.get("llava-tiny", config, pool=pool)
                 assert model.describe_image(image, "Describe it.", max_new_tokens=2).text()
             gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # the heap's free pages come and go by tens of MiB
             assert threading.active_count() == 1, threading.enumerate()
             return process.num_threads(), process.num_fds(), process.memory_info().rss
 
-        # The least of ten: the heap's free top comes and goes by tens of MiB, a leak only comes.
         _, first, _, last = ([cycle() for _ in range(count)] for count in (5, 10, 25, 10))
         print(*(min(after) - min(before) for before, after in zip(zip(*first), zip(*last))))
     """
@@ -236,7 +236,7 @@ def test_fifty_pools_leave_nothing_behind() -> None:
     assert done.returncode == 0, done.stderr
     threads, descriptors, rss = map(int, done.stdout.split())
     assert (threads, descriptors) == (0, 0)
-    assert rss < 10 << 20  # the weights alone are 14 MiB
+    assert rss < 2 << 20  # 35 pools later, of which each loads weights of 14 MiB
 
 
 LIVE_STREAMS = """
