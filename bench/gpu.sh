@@ -2,8 +2,8 @@
 # On a GPU machine, from a checkout with llava_engine/_kernels.so in it (python setup.py build_csrc):
 # the GPU tests, the benches and compute-sanitizer. Results go to a folder, a JSON file each.
 #
-#     bench/gpu.sh [FOLDER]     PYTHON and COMMIT may be set, and PARTS to some of those below; "load"
-#                               and "cold" write 14 GB first, and are not among the usual ones
+#     bench/gpu.sh [FOLDER]     PYTHON and COMMIT may be set, and PARTS to some of those below; "load",
+#                               "cold" and "serving" write 14 GB first, and are not among the usual ones
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-bench/results}}
@@ -68,6 +68,13 @@ EOF
       ;;
     cold)  # so does this; then seven processes start from it
       $python bench/cold_start.py --json "$out/cold_start.json" || failed=1
+      ;;
+    serving)  # 14 GB of random weights in memory first; about 130 s, 50 of them torch.compile's
+      TMPDIR=${CHECKPOINTS:-/dev/shm} $python bench/serving.py --model llava-1.5-7b \
+        --random-weights --device cuda --dtype float16 --kv-cache-mb 15000 --prompt-tokens 26 \
+        --new-tokens 128 --concurrency 1,8,64 --peers "${PEERS:-vllm,eager,compiled}" \
+        --json "$out/serving.json" --report "$out/serving.html" --ops bench/results/kernels.json ||
+        failed=1
       ;;
     decode)
       $python bench/decode.py --json "$out/decode.json" || failed=1

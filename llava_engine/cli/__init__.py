@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 import llava_engine
-from llava_engine.cli.bench import add_arguments, bench
+from llava_engine.cli.bench import add_arguments, run_bench
 from llava_engine.cli.describe import BadInput, describe
 from llava_engine.cli.doctor import doctor
 from llava_engine.cli.listing import list_models
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(timing)
-    timing.set_defaults(run=bench)
+    timing.set_defaults(run=run_bench)
     for command in (description, timing):
         command.add_argument(
             "--model", default="llava-tiny", help="a name of `models`, or a checkpoint's directory"

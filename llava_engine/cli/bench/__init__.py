@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trace", type=Path, metavar="FILE", help="write a Chrome trace of a few more requests")
 
 
-def bench(args: argparse.Namespace) -> None:
+def run_bench(args: argparse.Namespace) -> None:
     """Measure, and print what was found."""
     started = age()
     record = measure(args, started)
@@ -173,6 +173,8 @@ def _trace(args: argparse.Namespace, work: Workload) -> None:
 
 def _model(args: argparse.Namespace, stack: ExitStack) -> llava_engine.VisionModel:
     config = engine_config(args)
+    if args.trace is not None:
+        config = dataclasses.replace(config, nvtx=True)
     if args.kv_cache_mb is not None:
         try:
             config = dataclasses.replace(config, kv_cache_mb=args.kv_cache_mb)

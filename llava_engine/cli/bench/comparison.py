@@ -19,6 +19,7 @@ NAMES = {
 
 _ONE_BY_ONE = 2  # requests of a run at concurrency 1, after those that warm up
 _JUDGED = 2
+_MEASURED = 32  # tokens whose logits tell what rounding does
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,9 @@ def measure_peers(
             return
         try:
             began = clock()
-            for _ in range(1 if short == "eager" else 2):  # compiled, and then recorded as graphs
-                run([_first(plan)], plan.new_tokens)
+            run([_first(plan)], plan.new_tokens if short != "eager" else 2)
+            if short == "compiled":
+                run([_first(plan)], plan.new_tokens)  # records what the first one compiled
             found[short] |= {"version": version, "warm_up_s": round(clock() - began, 3)}
             runs, answers[short] = _runs(run, plan, most)
         except Exception as error:  # a stranger's code: its failure is its own, and is told
@@ -82,7 +84,7 @@ def measure_peers(
             measure("eager", model.eager, version, None)
         if "compiled" in wanted:
             measure("compiled", model.compiled, version, 1)
-        judge = peers.Judge(model, _judged(plan), plan.new_tokens)
+        judge = peers.Judge(model, _judged(plan), min(plan.new_tokens, _MEASURED))
     for short, theirs in answers.items():
         ours = {number: plan.ours[number] for number in _judged(plan)}
         found[short]["outputs"] = peers.compare(ours, theirs, judge)

@@ -23,7 +23,7 @@ Shapes = dict[str, tuple[int, ...]]
 _LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_layers": 32, "num_heads": 32}
 _LLAMA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_layers": 40, "num_heads": 40}
 _TEXTS = {"llava-1.5-7b": _LLAMA_7B, "llava-1.5-13b": _LLAMA_13B}
-_SHARD_BYTES = 4 << 30
+_SHARD_BYTES = 2 << 30  # a thread writes each
 _DEVIATION = 0.02
 # A prime: rows of a matrix that is larger than the block are the block shifted, never the same.
 _BLOCK = 16_777_213

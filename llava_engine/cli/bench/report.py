@@ -202,7 +202,8 @@ def _stages(runs: Sequence[Record], beside: Sequence[Record]) -> str:
     x = axis(
         "milliseconds, mean of all requests", [sum(run["stages_ms"].values()) for run in known]
     )
-    one = runs[0]["timeline"]
+    shown = known[0]
+    one = shown["timeline"]
     line = request_line(
         [(stage, STAGES.index(stage), ms) for stage, ms in one["stages_ms"].items()],
         one["chunks_ms"],
@@ -217,7 +218,7 @@ def _stages(runs: Sequence[Record], beside: Sequence[Record]) -> str:
         "queue: until a worker takes it. picture: read, decoded, prepared. prefill: to the first "
         "token, the wait for a place in the batch included. decode: to the last token. delivery: "
         "to the reader's end.",
-        f"{keys}{bars(rows, x)}<h3>One request, {escape(name_of(runs[0]))}: the one of median "
+        f"{keys}{bars(rows, x)}<h3>One request, {escape(name_of(shown))}: the one of median "
         f"latency, and each chunk as it came</h3>{legend(lengths)}{line}",
     )
 
@@ -229,6 +230,12 @@ def _table(record: Record) -> str:
     if any("request_goodput" in run for run in runs):
         counts.append("request_goodput")
     rows = [[name_of(run), *(_cell(run.get(name)) for name in counts)] for run in runs]
+    failed = "".join(
+        f"<p>{escape(name_of(run))}: {run['failed']} of {run['num_prompts']} requests failed: "
+        f"{escape(error)}</p>"
+        for run in runs
+        for error in run.get("errors", [])
+    )
     kinds = ("mean", "std", *(f"p{p}" for p in PERCENTILES))
     parts = [
         (
@@ -244,7 +251,7 @@ def _table(record: Record) -> str:
         "All figures",
         "Named as in vLLM's serving benchmark. Times in milliseconds; duration in seconds, "
         "throughputs a second.",
-        _html_table(["run", *counts], [("", rows)]) + _html_table(["", *kinds], parts),
+        _html_table(["run", *counts], [("", rows)]) + failed + _html_table(["", *kinds], parts),
     )
 
 

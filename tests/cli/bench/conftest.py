@@ -1,0 +1,38 @@
+"""One real run of the command, which several tests look at."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.bench_command import command
+
+import llava_engine
+
+RESULTS = Path(llava_engine.__file__).parents[1] / "bench" / "results"
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a run left behind."""
+
+    record: dict[str, Any]
+    report: Path
+    trace: Path
+
+
+@pytest.fixture(scope="session")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """Two closed loops and an open one, a peer, a report and a trace."""
+    directory = tmp_path_factory.mktemp("bench")
+    page, trace = directory / "report.html", directory / "trace.json"
+    options = "--concurrency 1,3 --rate 20 --requests 4 --new-tokens 9 --prompt-tokens 25 "
+    options += "--random-weights --kv-cache-mb 128 --goodput ttft:60000,tpot:60000 "
+    options += f"--peers eager,vllm --report {page} --trace {trace} --json "
+    options += f"--ops {RESULTS / 'kernels.json'}"
+    done = command(*options.split())
+    assert done.returncode == 0, done.stderr
+    return Ran(json.loads(done.stdout), page, trace)
