@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 WIDE_ENOUGH: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192}
@@ -35,6 +36,28 @@ def save_quantised(
     for file in plain.iterdir():
         if file.name not in ("config.json", "model.safetensors"):
             (directory / file.name).write_bytes(file.read_bytes())
+
+
+def write_quantised(plain: Path, directory: Path, format: str) -> None:
+    """What save_quantised saves of the decoder's matrices, without transformers and accelerate."""
+    directory.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        if ".layers." not in name or not name.endswith("_proj.weight") or "vision" in name:
+            tensors[name] = tensor
+        elif format == "int8":
+            values, scb, _ = bnb.int8_vectorwise_quant(tensor.half())
+            tensors[name], tensors[name.replace("weight", "SCB")] = values, scb
+        else:
+            codes, state = bnb.quantize_4bit(tensor, compress_statistics=True, quant_type="nf4")
+            tensors[name] = codes
+            tensors.update(
+                {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
+            )
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", **WAYS[format]}
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 def dequantised(file: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
