@@ -61,6 +61,11 @@ class Decoder:
         else:
             self._loop = EagerLoop(self._finished_step, self._state.ring)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether a run is on."""
+        return bool(self._rows)
+
     def takes(self, sequence: Sequence) -> bool:
         """Whether its next token can be decoded in a run: it stands for no picture, and its end can
         be told on the device."""

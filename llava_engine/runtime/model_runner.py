@@ -60,7 +60,9 @@ class ModelRunner:
 
         launched: called once the device has all its work, before that is waited for.
         """
-        self._encode_pictures(step)
+        self.encode_pictures(
+            [(entry.sequence, picture) for entry in step for picture in _pictures_in(entry)]
+        )
         # The device encodes while the rest is prepared, and waits for nothing until it has sampled.
         complete = [row for row, entry in enumerate(step) if entry.completes]
         sequences = [step[row].sequence for row in complete]
@@ -86,20 +88,22 @@ class ModelRunner:
         """Drop what was captured; nothing may run any more."""
         self._encode.close()
 
-    def _encode_pictures(self, step: list[Scheduled]) -> None:
-        """Give every sequence the features that its chunk needs, encoding each picture once."""
+    def encode_pictures(self, pictures: list[tuple[Sequence, Picture]]) -> None:
+        """Give every sequence its picture's features, encoding each picture once.
+
+        In a step it is done first; before that it may be, while the device decodes.
+        """
         missing: dict[bytes, Picture] = {}
         wanted: list[tuple[Sequence, bytes]] = []
-        for entry in step:
-            for picture in _pictures_in(entry):
-                if picture.key in entry.sequence.features:
-                    continue
-                wanted.append((entry.sequence, picture.key))
-                known = self._features.get(picture.key)
-                if known is None:
-                    missing[picture.key] = picture
-                else:
-                    entry.sequence.features[picture.key] = known
+        for sequence, picture in pictures:
+            if picture.key in sequence.features:
+                continue
+            wanted.append((sequence, picture.key))
+            known = self._features.get(picture.key)
+            if known is None:
+                missing[picture.key] = picture
+            else:
+                sequence.features[picture.key] = known
         if missing:
             encoded = self._encode([picture.pixels for picture in missing.values()])
             for key, batched in zip(missing, encoded.unbind(), strict=True):

@@ -10,9 +10,10 @@ import logging
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from queue import Empty, SimpleQueue
 
 import torch
@@ -35,6 +36,7 @@ from llava_engine.runtime.decoder import Decoder
 from llava_engine.runtime.feature_cache import FeatureCache
 from llava_engine.runtime.kv_cache import BlockPool, KVCache
 from llava_engine.runtime.model_runner import ModelRunner
+from llava_engine.runtime.picture_encoder import MOST_AT_ONCE
 from llava_engine.runtime.ranges import ranges
 from llava_engine.runtime.scheduler import Scheduled, Scheduler
 from llava_engine.runtime.sequence import Sequence, SequenceStatus, TokenSink
@@ -112,6 +114,8 @@ class DeviceRuntime:
         self._shares: dict[str, int] = {}
         # What the loop thread is to do: a sequence, a command, or None to just look around.
         self._inbox: SimpleQueue[Sequence | Callable[[], None] | None] = SimpleQueue()
+        # Of that what the loop thread has seen already.
+        self._seen: deque[Sequence | Callable[[], None] | None] = deque()
         self._closing = False
         self._lock = threading.Lock()
         self._open = True
@@ -148,7 +152,7 @@ class DeviceRuntime:
         """Sequences that run or wait, be it for their readers."""
         scheduler = self._scheduler
         held = len(scheduler.running) + scheduler.num_waiting + len(scheduler.paused)
-        return held + self._inbox.qsize()
+        return held + self._inbox.qsize() + len(self._seen)
 
     def add_worker(self, name: str, kv_bytes: int) -> None:
         """Grow the KV cache by a worker's share, at least one block.
@@ -281,7 +285,7 @@ class DeviceRuntime:
         patience = None if deadline is None else max(0.0, deadline - time.monotonic())
         reap = False
         try:
-            item = self._inbox.get(idle, patience)
+            item = self._seen.popleft() if self._seen else self._inbox.get(idle, patience)
             while True:
                 if item is None:
                     reap = True
@@ -289,7 +293,7 @@ class DeviceRuntime:
                     self._scheduler.add(item)
                 else:
                     item()
-                item = self._inbox.get_nowait()
+                item = self._seen.popleft() if self._seen else self._inbox.get_nowait()
         except Empty:
             pass
         if reap:
@@ -392,6 +396,7 @@ class DeviceRuntime:
             if not stopped and (cancelled or overdue or not self._inbox.empty()):
                 self._decoder.stop()  # once: each makes a wait return at once
                 stopped = True
+                self._encode_ahead()
             if stopped:
                 left = None  # only what is in flight is still to come
             try:
@@ -409,6 +414,31 @@ class DeviceRuntime:
                 cancelled = cancelled or (going and sequence.sink.cancelled)
         return None
 
+    def _encode_ahead(self) -> None:
+        """Encode the pictures of those who have just come beside the decoding steps in flight.
+
+        A failure is of no consequence: their own step finds it again, and whose it is.
+        """
+        with suppress(Empty):
+            while True:
+                self._seen.append(self._inbox.get_nowait())
+        if self._scheduler.num_waiting > 0:
+            return  # it is not their turn, and features take memory
+        pictures = [
+            (sequence, picture)
+            for sequence in self._seen
+            if isinstance(sequence, Sequence) and not sequence.sink.cancelled
+            for picture in sequence.pictures
+            if self._scheduler.num_cached(sequence) < picture.offset + picture.length
+        ]
+        try:
+            self._runner.encode_pictures(pictures[:MOST_AT_ONCE])
+        except LOST:
+            raise
+        except Exception as error:
+            self._raise_if_lost()
+            traceback.clear_frames(error.__traceback__)
+
     def _shut(self) -> None:
         """No more work: fail what is left, run what waits for an answer, free the memory."""
         with self._lock:
@@ -418,7 +448,7 @@ class DeviceRuntime:
             sequence.sink.fail(self._gone())
         while True:
             try:
-                item = self._inbox.get_nowait()
+                item = self._seen.popleft() if self._seen else self._inbox.get_nowait()
             except Empty:
                 break
             if isinstance(item, Sequence):

@@ -108,6 +108,14 @@ class Scheduler:
                 step.append(Scheduled(admitted, num_tokens))
         return step
 
+    def num_cached(self, sequence: Sequence) -> int:
+        """Tokens of a sequence that the KV cache holds already."""
+        pool, ids = self._pool, sequence.token_ids
+        extend_digests(sequence.digests, ids, pool.block_size, sequence.cache_salt)
+        cached = pool.acquire_prefix(sequence.digests, ids, len(ids) - 1)
+        pool.free(cached)
+        return len(cached) * pool.block_size
+
     def complete(self, scheduled: Scheduled, token_id: int | None) -> None:
         """A step is done: count its tokens, share full blocks, deliver the sampled token if any."""
         sequence = scheduled.sequence

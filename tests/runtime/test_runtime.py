@@ -20,10 +20,13 @@ from support.runtime import Sink, World, make_world, running, settled, until
 
 from llava_engine import FinishReason, SamplingParams
 from llava_engine.errors import MemoryExhausted, RequestFailed, WorkerDied
+from llava_engine.kernels.preprocess import DecodedPicture
 from llava_engine.network.attention import DensePrefill, PrefillAttention
 from llava_engine.network.llava import LlavaModel
+from llava_engine.runtime.decode_loop import TokenEvent
 from llava_engine.runtime.kv_cache import KVCache
 from llava_engine.runtime.model_runner import ModelRunner
+from llava_engine.runtime.picture_encoder import PictureEncoder
 from llava_engine.runtime.runtime import DeviceRuntime
 from llava_engine.runtime.scheduler import Scheduled
 from llava_engine.runtime.sequence import Picture
@@ -138,6 +141,37 @@ def test_a_picture_is_encoded_once_for_all_who_wait_for_it(
     for index, sink in enumerate(sinks):
         assert sink.wait() == world.expected(index % 2, [20 + index], 4)
     assert sum(encoded) == 2
+
+
+def test_a_picture_that_comes_is_encoded_while_others_decode(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside their steps in flight, and not again in its own; one that fails fails there."""
+    decoding: list[bool] = []
+    encode = PictureEncoder.__call__
+
+    def watched(self: PictureEncoder, pictures: list[DecodedPicture]) -> torch.Tensor:
+        decoding.append(runtime._decoder.decodes)
+        if decoding == [True]:
+            raise ValueError("planted")
+        return encode(self, pictures)
+
+    sinks = [Sink(), Sink(), Sink()]
+
+    def on_tokens(events: list[TokenEvent]) -> None:
+        index = {3: 1, 9: 2}.get(len(sinks[0].tokens))
+        if index is not None:
+            runtime.submit(world.sequence(index, [30], 5, sinks[index]))
+
+    monkeypatch.setattr(PictureEncoder, "__call__", watched)
+    for made in running(world, 400, on_tokens):
+        runtime = made
+        runtime.submit(world.sequence(None, [60], 16, sinks[0]))
+        assert sinks[0].wait() == world.expected(None, [60], 16)
+        for index in (1, 2):
+            assert sinks[index].wait() == world.expected(index, [30], 5)
+        settled(runtime)
+    assert decoding == [True, False, True]
 
 
 @pytest.mark.parametrize("image_cache_mb", [0, 64])
