@@ -9,6 +9,8 @@ from pathlib import Path
 import llava_engine
 from llava_engine import EngineConfig, PoolConfig, WorkerPool
 from llava_engine.demo import picture_path
+from llava_engine.pool.sizing import estimate_need
+from llava_engine.registry import lookup
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -68,6 +70,32 @@ def test_what_is_said_of_fp8_was_measured() -> None:
         assert 0.45 < line["fp8_ms_32_layers"] / line["cublas_ms_32_layers"] < 0.6, line
     tiny = json.loads((ROOT / "bench/results/fp8_tiny.json").read_text())["llava_tiny"]
     assert tiny["same_text_fp8"] == 1
+
+
+def test_what_is_said_of_quantised_answers_was_measured() -> None:
+    tiny = json.loads((ROOT / "bench/results/quantization.json").read_text())["llava_tiny"]
+    formats, asked = tiny["formats"], tiny["questions"]
+    assert formats["int8"]["same_text"] == formats["fp8"]["same_text"] == 1
+    assert round((1 - formats["nf4"]["same_text"]) * asked) == 2
+    assert f"nf4 two of {asked:,}" in " ".join(README.split())
+    shares = {line["right"]["all closed"]["percent"] for line in formats.values()}
+    assert len(shares) == 1 and f"{shares.pop():.2f} % of the closed questions are" in (
+        " ".join(README.split())
+    )
+
+
+def test_the_sizes_are_those_that_are_planned_with() -> None:
+    for name, column in (("llava-tiny", 0), ("llava-1.5-7b", 1), ("llava-1.5-13b", 2)):
+        for quantization in ("int8", "nf4"):
+            config = EngineConfig(quantization=quantization)
+            need = estimate_need(lookup(name), config, "cuda:0")
+            row = re.search(rf'`quantization="{quantization}"`.*?first, further \|(.*?)\n', README)
+            assert row is not None
+            first, further = row.group(1).split("|")[column].strip().split(", ")
+            for mb, said in ((need.first_mb, first), (need.next_mb, further)):
+                number = float(said.split()[0])
+                gigabytes = further.endswith("GiB")
+                assert abs(number - (mb / 1024 if gigabytes else mb)) <= (0.06 if gigabytes else 1)
 
 
 def test_linked_files_exist() -> None:
