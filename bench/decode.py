@@ -7,7 +7,7 @@ Python thread had the chunk in its hands. Then the first token alone: from pixel
 picture seen before, from a JPEG's bytes, and from pixels with prefill="fp8".
 
     python bench/decode.py [--kernels auto|reference] [--prefill-chunk N] [--at-once N ...]
-                           [--json PATH]
+                           [--quantization nf4|int8|fp8] [--json PATH]
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Bench:
 
     def __init__(self, directory: Path, config: EngineConfig) -> None:
         with torch.inference_mode():
-            model = make_model(directory)
+            model = make_model(directory, config.quantization)
+        self.weight_bytes = model.nbytes
         self.floor_ms = floor_ms(model, 1)
         self.image_tokens = model.config.image_tokens
         self.seen: list[TokenEvent] = []
@@ -204,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernels", choices=("auto", "reference"), default="auto")
     parser.add_argument("--prefill-chunk", type=int, default=EngineConfig().prefill_chunk)
+    parser.add_argument("--quantization", choices=("nf4", "int8", "fp8"))
     parser.add_argument("--at-once", type=int, nargs="+", default=[64])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -211,7 +213,10 @@ def main() -> None:
         require_kernels(DEVICE)
     with tempfile.TemporaryDirectory() as directory:
         config = EngineConfig(
-            device="cuda", kernels=arguments.kernels, prefill_chunk=arguments.prefill_chunk
+            device="cuda",
+            kernels=arguments.kernels,
+            prefill_chunk=arguments.prefill_chunk,
+            quantization=arguments.quantization,
         )
         bench = Bench(Path(directory), config)
     print("ready", flush=True)
@@ -228,10 +233,10 @@ def main() -> None:
     }
     firsts = bench.first_tokens()
     print(firsts, flush=True)
-    floor = bench.floor_ms
+    floor, weight_bytes = bench.floor_ms, bench.weight_bytes
     bench.runtime.close()
     del bench
-    if arguments.kernels == "auto":
+    if arguments.kernels == "auto" and arguments.quantization is None:
         with tempfile.TemporaryDirectory() as directory:
             bench = Bench(Path(directory), dataclasses.replace(config, prefill="fp8"))
         pictures = [bench.picture() for _ in range(2 + REQUESTS)]
@@ -243,6 +248,8 @@ def main() -> None:
         "torch": torch.__version__,
         "kernels": arguments.kernels,
         "prefill_chunk": arguments.prefill_chunk,
+        "quantization": arguments.quantization,
+        "weight_bytes": weight_bytes,
         **idle,
         **firsts,
         "floor_ms": floor,

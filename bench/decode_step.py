@@ -4,7 +4,7 @@ A step is embedding, decoder, head and greedy sampling as one CUDA graph, every 
 context of 665 tokens. Its floor is the time to read the weights and the keys and values once at an
 H100's rate of reading (shared/performance.md). Variants of the same step run side by side.
 
-    python bench/decode_step.py [--json PATH] [--rows 1 2 ...]
+    python bench/decode_step.py [--json PATH] [--rows 1 2 ...] [--quantization nf4|int8|fp8]
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 
-from llava_engine.kernels import linear
+from llava_engine.kernels import linear, quant_linear
 from llava_engine.kernels.library import programmatic_launch, require_kernels
 from llava_engine.kernels.sampling import sample
 from llava_engine.network.config import LlavaConfig
 from llava_engine.network.llama import Batch
 from llava_engine.network.llava import LlavaModel
 from llava_engine.network.weights import random_model
+from llava_engine.quant import Format
 
 DEVICE = torch.device("cuda")
 CONTEXT, BLOCK, TABLE_WIDTH = 665, 64, 64
@@ -44,11 +45,13 @@ SHAPE = {
 }
 
 
-def make_model(directory: Path) -> LlavaModel:
+def make_model(directory: Path, quantization: Format | None = None) -> LlavaModel:
     """Random weights of the true shape."""
     (directory / "config.json").write_text(json.dumps(SHAPE))
     config = LlavaConfig.from_directory(directory)
-    return random_model(config, device=DEVICE, dtype=torch.float16, seed=0)
+    return random_model(
+        config, device=DEVICE, dtype=torch.float16, seed=0, quantization=quantization
+    )
 
 
 def make_caches(model: LlavaModel, rows: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -89,9 +92,10 @@ def floor_ms(model: LlavaModel, rows: int) -> float:
     heads = text.num_heads + 2 * text.num_kv_heads
     layer = heads * dim * hidden + text.num_heads * dim * hidden
     layer += 3 * text.intermediate_size * hidden
-    weights = text.num_layers * layer + text.vocab_size * hidden
+    quantised = sum(product.quantised_nbytes for product, _ in model.quantised())
+    weights = quantised or 2 * text.num_layers * layer
     kept = rows * CONTEXT * 2 * text.num_kv_heads * dim * text.num_layers
-    return 2 * (weights + kept) / READ_BYTES_PER_S * 1e3
+    return (weights + 2 * (text.vocab_size * hidden + kept)) / READ_BYTES_PER_S * 1e3
 
 
 def step_ms(step: Callable[[], object], chained: bool) -> float:
@@ -126,24 +130,32 @@ def products(model: LlavaModel, rows: int) -> Callable[[], object]:
     batch = make_batch(rows)
     slots = torch.arange(rows, device=DEVICE) * BLOCK
 
-    def step() -> None:
+    places = decoder._cos_sin, batch.positions, slots
+
+    def layers() -> None:
         for layer in decoder._layers:
-            linear.norm_qkv_rope_append(
-                q,
-                cache,
-                cache,
-                x,
-                layer.input_norm,
-                1e-5,
-                layer._qkv.weight,
-                decoder._cos_sin,
-                batch.positions,
-                slots,
-            )
-            linear.linear_add(x, q.view(rows, -1), layer._out.weight)
-            linear.norm_linear_silu_mul(wide, x, layer.post_norm, 1e-5, layer._gate_up.weight)
-            linear.linear_add(x, wide, layer._down.weight)
-        linear.norm_linear(logits, x, decoder.norm, 1e-5, model._head)
+            qkv, out, gate_up, down = (product.weight for product in layer.products)
+            before = q, cache, cache, x, layer.input_norm, 1e-5
+            linear.norm_qkv_rope_append(*before, qkv, *places)
+            linear.linear_add(x, q.view(rows, -1), out)
+            linear.norm_linear_silu_mul(wide, x, layer.post_norm, 1e-5, gate_up)
+            linear.linear_add(x, wide, down)
+
+    def quantised_layers() -> None:
+        for layer in decoder._layers:
+            qkv, out, gate_up, down = (product.matrix for product in layer.products)
+            before = q, cache, cache, x, layer.input_norm, 1e-5
+            quant_linear.quant_norm_qkv_rope_append(*before, qkv, *places)
+            quant_linear.quant_linear_add(x, q.view(rows, -1), out)
+            quant_linear.quant_norm_linear_silu_mul(wide, x, layer.post_norm, 1e-5, gate_up)
+            quant_linear.quant_linear_add(x, wide, down)
+
+    def step() -> None:
+        quantised_layers() if any(True for _ in model.quantised()) else layers()
+        if rows <= linear.most_rows(model._head):
+            linear.norm_linear(logits, x, decoder.norm, 1e-5, model._head)
+        else:
+            model.logits(x)
 
     return step
 
@@ -169,11 +181,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--quantization", choices=("nf4", "int8", "fp8"))
     arguments = parser.parse_args()
     require_kernels(DEVICE)
     results = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as directory:
-        model = make_model(Path(directory))
+        model = make_model(Path(directory), arguments.quantization)
         caches = make_caches(model, max(arguments.rows))
         for rows in arguments.rows:
             row = {"rows": rows, "floor_ms": floor_ms(model, rows)}
@@ -193,6 +206,7 @@ def main() -> None:
         "commit": os.environ.get("COMMIT", "unknown"),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "quantization": arguments.quantization,
         "context": CONTEXT,
         "read_bytes_per_s": READ_BYTES_PER_S,
         "steps": results,

@@ -136,11 +136,12 @@ def random_model(
         else:
             view.normal_(0, 0.02, generator=generator)
     for product, parts in model.quantised():
-        matrix = torch.empty(product.outputs, product.inputs, device=device, dtype=dtype)
-        matrix.normal_(0, 0.02, generator=generator)
         assert product.format is not None
-        product.load(quantised(product.format, torch.split(matrix, list(parts.values()))))
-        del matrix
+        with _fitting(device):
+            matrix = torch.empty(product.outputs, product.inputs, device=device, dtype=dtype)
+            matrix.normal_(0, 0.02, generator=generator)
+            product.load(quantised(product.format, torch.split(matrix, list(parts.values()))))
+            del matrix
     if quantization is not None and device.type == "cuda":
         torch.cuda.empty_cache()
     return model
