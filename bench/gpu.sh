@@ -60,6 +60,13 @@ EOF
     preprocess)
       $python bench/preprocess.py --json "$out/preprocess.json" || failed=1
       ;;
+    quant)  # weights in 8 and 4 bits; int8 and nf4 need bitsandbytes
+      for format in int8 fp8 nf4; do
+        $python bench/decode_step.py --quantization $format --rows 1 2 4 8 16 64 \
+          --json "$out/decode_step_$format.json" || failed=1
+        $python bench/decode.py --quantization $format --json "$out/decode_$format.json" || failed=1
+      done
+      ;;
     fp8)  # what prefill in fp8 costs in accuracy
       $python bench/fp8.py --scenes 0 --json "$out/fp8.json" || failed=1
       ;;
