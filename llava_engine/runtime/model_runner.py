@@ -70,7 +70,7 @@ class ModelRunner:
         query_start = arrays[-1]
         last_rows = query_start[1:][complete].astype(np.int64) - 1
         arguments = self._sampler.arguments(sequences) if complete else []
-        there = self._streams.upload([*arrays, last_rows, *arguments])
+        there = self._streams.upload_vectors([*arrays, last_rows, *arguments])
         last, *sampling = there[len(arrays) :]
         embeds, batch = self._embed(step, there[0]), self._batch(arrays, there)
         with programmatic_launch(self._overlap):
@@ -132,7 +132,7 @@ class ModelRunner:
             np.maximum(np.concatenate(ids), 0),  # a picture's rows are overwritten
             np.concatenate(positions),
             np.concatenate(slots),
-            table,
+            table.reshape(-1),
             np.array([entry.sequence.computed + entry.num_tokens for entry in step], np.int32),
             np.cumsum([0, *(entry.num_tokens for entry in step)], dtype=np.int32),
         ]
@@ -140,16 +140,19 @@ class ModelRunner:
     def _batch(self, arrays: list[npt.NDArray[Any]], there: list[torch.Tensor]) -> Batch:
         """The step as the decoder takes it, of `_arrays` and their copies on the device."""
         *_, table, context_lens, query_start = arrays
+        sequences = len(context_lens)
         _, positions, slot_mapping, block_table, lens_there, start_there, *_ = there
         counts, lens = np.diff(query_start).tolist(), context_lens.tolist()
         return Batch(
             positions=positions,
             slot_mapping=slot_mapping,
-            block_table=block_table,
+            block_table=block_table.view(sequences, -1),
             context_lens=lens_there,
             query_start=start_there,
             max_query_len=max(counts),
-            dense=self._prefill.plan(counts, lens, table, self._block_size, self._device)
+            dense=self._prefill.plan(
+                counts, lens, table.reshape(sequences, -1), self._block_size, self._device
+            )
             if self._prefill is not None
             else None,
         )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -86,6 +87,18 @@ class DeviceStreams:
             there[place : place + array.nbytes].view(_TYPES[array.dtype.name]).view(array.shape)
             for array, place in zip(arrays, places, strict=True)
         ]
+
+    def upload_vectors(self, vectors: list[npt.NDArray[Any]]) -> list[torch.Tensor]:
+        """`upload` for many short vectors: those of a type go as one, and are parted there."""
+        groups: dict[np.dtype[Any], list[npt.NDArray[Any]]] = {}
+        for vector in vectors:
+            groups.setdefault(vector.dtype, []).append(vector)
+        joined = self.upload([np.concatenate(group) for group in groups.values()])
+        parts = {
+            dtype: iter(whole.split_with_sizes([len(vector) for vector in group]))
+            for (dtype, group), whole in zip(groups.items(), joined, strict=True)
+        }
+        return [next(parts[vector.dtype]) for vector in vectors]
 
     def _host_copies(self, stream: torch.cuda.Stream) -> HostCopies | None:
         """None without the compiled library, which those who chose the references may lack."""
