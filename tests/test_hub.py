@@ -15,7 +15,7 @@ import pytest
 from support.hub_server import SHA, Hub
 
 from llava_engine import errors
-from llava_engine.hub import cached, checkpoint_mb, resolve
+from llava_engine.hub import cached, checkpoint_mb, resolve, saved_quantised
 from llava_engine.registry import ModelInfo
 
 REPO = "someone/llava-small"
@@ -223,3 +223,22 @@ def test_a_directory_that_is_no_checkpoint(tmp_path, present):
     with pytest.raises(errors.WeightsError, match="mine"):
         resolve(local(directory))
     assert checkpoint_mb(directory) == (1 if present == ["model.safetensors"] else 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "quantised"),
+    [
+        ('{"quantization_config": {"load_in_8bit": true}}', True),
+        ('{"quantization_config": null}', False),
+        ("{}", False),
+        ("[1]", False),
+        ("{", False),
+        ("[" * 100_000, False),
+        (None, False),
+    ],
+    ids=["quantised", "null", "whole", "list", "broken", "deep", "absent"],
+)
+def test_whether_a_checkpoint_was_saved_quantised(text, quantised, tmp_path):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert saved_quantised(tmp_path) is quantised

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_engine import ModelInfo, UnknownModel, models, register
+from llava_engine import ModelInfo, QuantisedEstimate, UnknownModel, models, register
 from llava_engine.registry import lookup
 
 
@@ -55,3 +55,16 @@ def test_a_record_that_makes_no_sense_is_refused(change: dict[str, object], mess
     fields = {"registry_key": "x", "directory": Path("x"), "est_memory_allocation_mb": 10}
     with pytest.raises(ValueError, match=message):
         ModelInfo(**{**fields, **change})
+
+
+@pytest.mark.parametrize(("memory", "share"), [(100, 0), (100, 101), (0, 0)])
+def test_a_share_is_a_part_of_the_whole_in_any_format(memory: int, share: int) -> None:
+    with pytest.raises(ValueError, match="worker_share_mb"):
+        QuantisedEstimate(quantization="nf4", memory_allocation_mb=memory, worker_share_mb=share)
+
+
+def test_every_format_of_the_published_models_has_an_estimate() -> None:
+    for name in ("llava-1.5-7b", "llava-1.5-13b"):
+        info = lookup(name)
+        sizes = {each.quantization: each.memory_allocation_mb for each in info.est_quantised}
+        assert sizes["nf4"] < sizes["int8"] == sizes["fp8"] < info.est_memory_allocation_mb
