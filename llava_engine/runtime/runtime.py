@@ -92,6 +92,7 @@ class DeviceRuntime:
             max_model_len=self.max_model_len,
         )
         attention = "paged" if config.kernels == "reference" else config.attention
+        compiled = config.kernels == "auto" and device.type == "cuda"
         self._streams = DeviceStreams(device)
         self._range = ranges(config.nvtx, device)
         self._runner = ModelRunner(
@@ -100,8 +101,8 @@ class DeviceRuntime:
             self._features,
             self._streams,
             attention=attention,
-            captures=config.kernels == "auto",
-            overlap=config.kernels == "auto" and config.programmatic_launch,
+            captures=compiled,
+            overlap=compiled and config.programmatic_launch,
         )
         self._decoder = Decoder(
             model,
