@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
 
 import llava_engine
+from bench import readme
 from llava_engine import EngineConfig, PoolConfig, WorkerPool
 from llava_engine.demo import picture_path
 from llava_engine.pool.sizing import estimate_need
@@ -35,33 +40,73 @@ def test_the_demo_models_figures_are_those_of_its_evaluation() -> None:
     assert described == table["describe"]["percent"] >= 90
 
 
-def test_the_gpu_figures_are_those_of_the_last_run() -> None:
-    record = json.loads((ROOT / "bench/results/decode.json").read_text())
-    found = re.search(r"first token ([\d.]+) ms, ([\d.]+) ms a token, (\d+) tokens/s", README)
-    assert found is not None
-    assert found.group(1) == f"{record['first_token_ms']:.1f}"
-    assert found.group(2) == f"{record['token_ms']:.2f}"
-    assert found.group(3) == f"{record['tokens_per_s_64']:.0f}"
-    assert f"{record['floor_ms']:.2f} ms a token" in README
-    assert f"at {100 * record['of_floor']:.0f} % of what the memory allows" in README
-    busy = record["beside_two_computing_threads"]
-    text = " ".join(README.split())
-    both = f"p99 {busy['token_ms_p99']:.2f} ms a token beside them, {record['token_ms_p99']:.2f} ms"
-    assert both in text
-    assert f"({busy['reader_token_ms']:.0f} ms a token)" in text
-    assert f"({busy['first_token_ms'] / 1e3:.0f} s to the first token)" in text
-    steps = json.loads((ROOT / "bench/results/decode_step.json").read_text())["steps"]
-    shares = sorted(round(100 * step["of_floor"]) for step in steps if step["rows"] > 1)
-    assert f"at {shares[0]} to {shares[-1]} % of its own floor" in README
+def test_the_figures_are_what_the_results_say() -> None:
+    """`python bench/readme.py` mends it."""
+    assert readme.with_section(README, readme.section()) == README
+    assert (ROOT / "bench/results" / readme.PLOT).read_text() == readme.plot()
 
 
-def test_the_cold_starts_figures_are_those_of_the_last_run() -> None:
-    record = json.loads((ROOT / "bench/results/cold_start.json").read_text())
-    text, stages = " ".join(README.split()), record["medians_s"]
-    assert f"first token after {record['start_to_first_token_s']:.1f} s" in text
-    assert f"the weights, {record['gigabytes']:.1f} GB, are in the page cache" in text
-    assert f"{stages['weights']:.1f} s of that load them" in text
-    assert f"{stages['imports']:.1f} s import torch" in text
+@pytest.mark.parametrize(
+    ("name", "path", "shown"),
+    [
+        ("decode.json", ["token_ms"], "9.87 ms, p99"),
+        ("decode.json", ["tokens_per_s_64"], "| 10 tokens/s |"),
+        ("decode.json", ["first_token_ms"], "| 9.9 ms |"),
+        ("decode.json", ["commit"], "at 9.8700"),
+        ("cold_start.json", ["medians_s", "imports"], "of which 9.9 s import"),
+        ("decode_step.json", ["steps", 1, "of_floor"], "to 987 % of its own floor"),
+    ],
+)
+def test_another_result_is_another_readme(name, path, shown, tmp_path) -> None:
+    for file in (ROOT / "bench/results").glob("*.json"):
+        shutil.copy(file, tmp_path)
+    assert shown not in README
+    record = json.loads((tmp_path / name).read_text())
+    *way, last = path
+    place = record
+    for step in way:
+        place = place[step]
+    place[last] = "9.870000" if last == "commit" else 9.87
+    (tmp_path / name).write_text(json.dumps(record))
+    assert shown in readme.section(tmp_path)
+
+
+def test_peers_are_in_the_readme_as_far_as_they_agree(tmp_path) -> None:
+    for file in (ROOT / "bench/results").glob("*.json"):
+        shutil.copy(file, tmp_path)
+
+    def run(load: int, tokens: float) -> dict[str, object]:
+        return {
+            "max_concurrency": load,
+            "output_throughput": tokens,
+            "median_ttft_ms": 17.4,
+            "median_tpot_ms": 4.625,
+        }
+
+    def peer(name: str, different: int, **more: object) -> dict[str, object]:
+        outputs = {"compared": 2, "identical": 0, "near_ties": 0, "different": different}
+        runs = {"version": "1.0", "outputs": outputs, "runs": [run(1, 321.0)]}
+        return {"name": name, "missing": None, **runs, **more}
+
+    peers = [peer("alpha", 0), peer("beta", 1), {"name": "gamma", "missing": "not installed"}]
+    record = {"commit": "0123456789", "runs": [run(1, 205.4), run(8, 1100.2)], "peers": peers}
+    (tmp_path / "serving.json").write_text(json.dumps(record))
+    text = readme.section(tmp_path)
+    assert "| llava-engine | 205, 17 ms, 4.62 ms | 1100, 17 ms, 4.62 ms |" in text
+    assert "| alpha 1.0 | 321, 17 ms, 4.62 ms |  |" in text
+    assert "| beta" not in text and "beta gave other answers" in text
+    assert "gamma was not measured: not installed." in text
+    assert "nothing is claimed" not in text
+    drawn = ElementTree.fromstring(readme.plot(tmp_path))
+    words = " ".join(drawn.itertext())
+    assert "alpha, 1 at once" in words and "beta" not in words
+
+
+def test_the_plot_is_a_picture_by_itself() -> None:
+    """XML with colours of its own, that asks for nothing."""
+    text = (ROOT / "bench/results" / readme.PLOT).read_text()
+    assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
+    assert "href" not in text and "url(" not in text and "<script" not in text
 
 
 def test_what_is_said_of_fp8_was_measured() -> None:

@@ -21,7 +21,8 @@ _ROWS = 26
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A series of points. labels: beside points, where given. dashed: beside a main line."""
+    """A series of points. labels: over points, where given, or below them. dashed: beside a main
+    line."""
 
     name: str
     colour: int
@@ -29,16 +30,18 @@ class Line:
     labels: Sequence[str] = ()
     dashed: bool = False
     dots: bool = False
+    below: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """What an axis shows, from `low` to `high`."""
+    """What an axis shows, from `low` to `high`. at: its ticks, where they are not to be found."""
 
     title: str
     low: float
     high: float
     log: bool = False
+    at: Sequence[float] = ()
 
     def place(self, value: float) -> float:
         """0 at `low`, 1 at `high`."""
@@ -49,6 +52,8 @@ class Axis:
 
     def ticks(self) -> list[float]:
         """Round values, some four to eight."""
+        if self.at:
+            return list(self.at)
         if self.log:
             return _log_ticks(self.low, self.high)
         step = _round_up((self.high - self.low) / 6)
@@ -63,7 +68,7 @@ def axis(title: str, values: Sequence[float], log: bool = False) -> Axis:
         step = _round_up((high or 1.0) / 6)
         return Axis(title, 0.0, step * math.ceil((high or 1.0) / step + 1e-9))
     positive = [value for value in values if value > 0] or [1.0]
-    low, high = min(positive) / 1.1, max(positive) * 1.1
+    low, high = min(positive) / 1.4, max(positive) * 1.1  # with room for names below the least
     return Axis(title, low, max(high, low * 2), True)
 
 
@@ -100,7 +105,7 @@ def lines(series: Sequence[Line], x: Axis, y: Axis, width: int = WIDTH, height: 
         for (px, py), label in zip(places, line.labels, strict=False):
             near_edge = px > left + inner_w - 8 * len(label) - 12
             anchor, shift = ("end", -9) if near_edge else ("start", 9)
-            parts.append(_text(px + shift, py - 7, label, anchor))
+            parts.append(_text(px + shift, py + (16 if line.below else -7), label, anchor))
     names = ", ".join(line.name for line in series)
     return _svg(width, height, parts, f"{y.title} over {x.title}: {names}")
 

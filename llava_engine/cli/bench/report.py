@@ -135,6 +135,7 @@ def _throughput(runs: Sequence[Record], beside: Sequence[Record]) -> str:
                     () if dashed else labels,
                     dashed,
                     dots=True,
+                    below=True,
                 )
             )
     xs = [point[0] for line in series for point in line.points]
