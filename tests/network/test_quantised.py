@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from support.quantised import (
 from transformers import LlavaForConditionalGeneration
 
 from llava_engine.errors import KernelsNotBuilt, ModelError, UnsupportedModel, WeightsError
+from llava_engine.network import staging
 from llava_engine.network.config import LlavaConfig
 from llava_engine.network.layers import Linear
 from llava_engine.network.llava import Batch, LlavaModel
@@ -435,6 +438,61 @@ def test_what_was_saved_needs_no_bitsandbytes(
 def test_fp8_copies_of_quantised_weights_are_refused(made: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r'prefill="fp8".*not quantised'):
         load(made / "nf4").quantize_for_prefill()
+
+
+def test_shards_under_the_new_names_are_quantised_alike(tmp_path: Path) -> None:
+    for layout, naming in (("single", "published"), ("sharded", "new")):
+        make_checkpoint(
+            tmp_path / layout,
+            layout=layout,  # type: ignore[arg-type]
+            naming=naming,  # type: ignore[arg-type]
+            text_config=WIDE_ENOUGH,
+        )
+    one, other = (
+        weights(load(tmp_path / layout, "nf4"), torch.float32) for layout in ("single", "sharded")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("place", ["plain", "nf4", "int8"])
+def test_nothing_is_left_of_a_load_that_fails(
+    place: str, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the error is kept, and without the cycle collector, which may come late."""
+    found: list[weakref.ref[object]] = []
+
+    class Watched(LlavaModel):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            found.append(weakref.ref(self))
+
+    class WatchedRoom(staging.Room):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            found.append(weakref.ref(self))
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if done > total * 0.8:
+            raise KeyError(done)
+
+    monkeypatch.setattr("llava_engine.network.weights.LlavaModel", Watched)
+    monkeypatch.setattr("llava_engine.network.weights.Room", WatchedRoom)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(KeyError) as raised:
+            load_model(
+                made / place,
+                device=CPU,
+                dtype=torch.float16,
+                quantization="fp8" if place == "plain" else None,
+                progress=progress,
+            )
+        assert raised.value.__traceback__ is not None
+        assert len(found) == 3 and not any(each() for each in found)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8", "fp8"])
