@@ -8,16 +8,18 @@ or a request queued when nothing runs, a connection to a forbidden address, more
 descriptors at the end than after warm-up.
 
 Memory: every few seconds the asking is paused until nothing runs, so that what requests hold while
-they run is no noise, and bench/soak_figures.py reads RSS and what malloc has given out. The second
-is the sharper: a small leak fills holes in pages that are there already for a long time before RSS
-shows it. malloc has one arena, a fixed mmap threshold, no caches of threads, and Python's objects
-(all set by starting anew), and gives back its free pages before each reading, so the figures are
-not those of a process with glibc's defaults. The slopes are least squares over the second half of
-the run; the first is warm-up, in which thread stacks and caches reach the size they keep. Standard
-errors are widened for readings that depend on their neighbours (lag-1 autocorrelation r:
-(1 + r) / (1 - r) as much variance). "flat" is a 95 % interval wholly under 1 MB/h, "grows" one
-wholly above, and "undecided" asks for a longer run; only two times "flat" passes. `--leak 2` keeps
-2 MB an hour more in small objects, and must end as "grows".
+they run is no noise, and bench/soak_figures.py reads RSS, without threads' stacks, and what malloc
+has given out. The second is the sharper: a small leak fills holes in pages that are there already
+for a long time before RSS shows it. Stacks only ever grow to what their thread once reached, and
+the number of threads is judged. malloc has one arena, a fixed mmap threshold, no caches of threads,
+and Python's objects (all set by starting anew), and gives back its free pages before each reading,
+so the figures are not those of a process with glibc's defaults.
+
+The slopes are least squares over the second half of the run; in the first, caches reach the size
+they keep. Standard errors are widened for readings that depend on their neighbours (lag-1
+autocorrelation r: (1 + r) / (1 - r) as much variance). "flat" is a 95 % interval wholly under
+1 MB/h, "grows" one wholly above, and "undecided" asks for a longer run; only two times "flat"
+passes. `--leak 2` keeps 2 MB an hour more in small objects, and must end as "grows".
 
 `--device cuda` is for a GPU, and for less time: the card's memory is judged instead of the host's,
 and at the end a kernel is poisoned in another process (bench/soak_poison.py).
@@ -71,10 +73,10 @@ class Quiet:
     """Readings of the process while nothing runs; the faults that they showed."""
 
     def __init__(
-        self, load: Load, model: VisionModel, pool: WorkerPool, alone: str, device: str
+        self, load: Load, model: VisionModel, pool: WorkerPool, alone: str, figures: Figures
     ) -> None:
         self._load, self._model, self._pool, self._alone = load, model, pool, alone
-        self.figures = Figures(device)
+        self.figures = figures
         self.faults: list[str] = []
         self.own_requests = 0
 
@@ -147,6 +149,7 @@ def fill_crews(model: VisionModel, base: str, picture: bytes) -> int:
 def soak(seconds: float, *, device: str = "cpu", leak: float = 0.0) -> dict[str, Any]:
     """Run it; returns the record for the JSON file."""
     torch.set_num_threads(1)
+    figures = Figures(device)
     every = min(5.0, seconds / 24)
     with tempfile.TemporaryDirectory() as folder, WorkerPool(PoolConfig()) as pool:
         directory = Path(folder)
@@ -174,7 +177,7 @@ def soak(seconds: float, *, device: str = "cpu", leak: float = 0.0) -> dict[str,
         # On a GPU an answer may depend on the batch it was computed in.
         load = Load(all_kinds(model, directory, port, one_answer=device == "cpu"), leak)
         alone = f"http://127.0.0.1:{port}/alone/{picture_name(0)}"
-        quiet = Quiet(load, model, pool, alone, device)
+        quiet = Quiet(load, model, pool, alone, figures)
         first = (directory / picture_name(0)).read_bytes()
         model.describe_image(first, QUERY).text()
         quiet.own_requests += 1
@@ -201,7 +204,7 @@ def soak(seconds: float, *, device: str = "cpu", leak: float = 0.0) -> dict[str,
         "outcomes": {name: dict(counter) for name, counter in load.outcomes.items()},
         "pool_outcomes": health["outcomes"],
         "forbidden_connections": int(forbidden),
-        **judge(quiet.figures, began + WARM_UP * seconds, load.unexpected() + quiet.faults),
+        **judge(figures, began + WARM_UP * seconds, load.unexpected() + quiet.faults),
     }
 
 
@@ -231,6 +234,7 @@ def judge(figures: Figures, warm_at: float, faults: list[str]) -> dict[str, Any]
         },
         "rss": rss,
         "heap": heap,
+        "stacks_mb": [round(value / 1e6, 2) for value in figures.stacks],
         "rss_mb": [round(value / 1e6, 2) for value in figures.rss],
         "heap_mb": [round(value / 1e6, 3) for value in figures.heap],
         "faults": faults,

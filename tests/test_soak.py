@@ -86,6 +86,7 @@ def readings(growth: float) -> Figures:
     for at in range(100):
         figures.seconds.append(at)
         figures.rss.append(3e8)
+        figures.stacks.append(1e6 + 4096 * at)
         figures.heap.append(2e8 + growth * at)
         figures.threads.append(9)
         figures.descriptors.append(9)
@@ -100,8 +101,21 @@ def test_growth_that_rss_does_not_show_fails_the_run() -> None:
     assert (grown["rss"]["verdict"], grown["heap"]["verdict"]) == ("flat", "grows")
 
 
+def in_process(program: str) -> str:
+    """What it prints, in a process that starts as the soak does."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=ROOT,
+        env=os.environ | ALLOCATOR | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return done.stdout
+
+
 def test_malloc_gives_out_what_is_kept() -> None:
-    """Read as the soak reads, in a process that starts as the soak does."""
     program = """
         from bench.soak_figures import Figures
         figures = Figures("cpu")
@@ -111,16 +125,39 @@ def test_malloc_gives_out_what_is_kept() -> None:
             figures.read()
         print(figures.heap[2] - figures.heap[1])
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=ROOT,
-        env=os.environ | ALLOCATOR | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    given = float(in_process(program))
     # 80 bytes are a bytes object of 47; the list and malloc's headers are the rest.
-    assert 20_000 * 80 <= float(done.stdout) <= 20_000 * 120
+    assert 20_000 * 80 <= given <= 20_000 * 120
+
+
+def test_stacks_are_known_by_their_size_and_counted_for_themselves() -> None:
+    program = """
+        import threading
+        from bench.soak_figures import Figures
+        figures = Figures("cpu")
+        gate, done = threading.Event(), threading.Event()
+
+        def deep(levels):  # of the C stack: max calls back
+            return levels and max([levels], key=lambda _: deep(levels - 1))
+
+        def work():
+            gate.wait()
+            deep(200)
+            done.set()
+            threading.Event().wait()
+
+        deep(200)  # what of it is no stack is there from now on
+        threading.Thread(target=work, daemon=True).start()
+        for _ in range(2):
+            figures.read()
+        gate.set()
+        done.wait()
+        figures.read()
+        print(figures.stacks[2] - figures.stacks[1], figures.rss[2] - figures.rss[1])
+    """
+    done = in_process(program)
+    stacks, rest = map(float, done.split())
+    assert stacks >= 200 * 200 and rest < stacks / 2
 
 
 def test_a_card_whose_memory_never_comes_back_is_a_fault_and_a_jitter_is_none() -> None:
