@@ -32,8 +32,11 @@ check: $(VENV)/.installed-test
 csrc: $(VENV)/.installed
 	$(BIN)/python setup.py --quiet build_csrc
 
+# What can be measured on a CPU with llava-tiny; bench/gpu.sh is for a machine with a GPU.
 bench: $(VENV)/.installed-test
+	$(BIN)/python -m pytest bench/test_cpu.py -q --benchmark-columns=median,min,max,rounds
 	$(BIN)/python bench/scheduler.py
+	$(BIN)/python bench/serving.py --device cpu --concurrency 1,4
 
 # 10,000 mutated pictures: only ImageErrors, each in bounded time and memory.
 fuzz: $(VENV)/.installed-test

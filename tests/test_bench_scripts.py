@@ -1,0 +1,57 @@
+"""Scripts of bench/ that ask what a CPU can answer run on one with llava-tiny, in two minutes each.
+
+The others measure CUDA kernels and say so: a GPU machine runs them through bench/gpu.sh.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 120  # the issue's
+
+CPU = {
+    "scheduler": [],
+    "load": ["0.03", "--device", "cpu", "--dtype", "float32", "--repeats", "1"],
+    "cold_start": ["--model", "llava-tiny", "--device", "cpu", "--repeats", "1"],
+    "serving": ["--device", "cpu", "--concurrency", "1,2", "--rate", "5"],
+}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S
+    )
+
+
+@pytest.mark.parametrize("script", CPU)
+def test_it_runs_and_writes_its_record(script, tmp_path):
+    path = tmp_path / "record.json"
+    done = run("-m", f"bench.{script}", *CPU[script], "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_bytes())
+    assert record["commit"]
+    assert done.stdout.strip()
+
+
+def test_servings_record_makes_its_report(tmp_path):
+    page, ops = tmp_path / "page.html", ROOT / "bench/results/kernels.json"
+    options = ["--device", "cpu", "--requests", "2", "--new-tokens", "4", "--report", str(page)]
+    done = run("bench/serving.py", *options, "--ops", str(ops))
+    assert done.returncode == 0, done.stderr
+    commit = run("-c", "from bench.serving import commit; print(commit())").stdout.strip()
+    assert f"<dd>{commit}</dd>" in page.read_text()
+
+
+def test_the_benchmarks_of_pytest_benchmark_run():
+    """Each case once, which measures nothing but shows that it can be measured."""
+    done = run(
+        "-m", "pytest", "bench/test_cpu.py", "-q", "--benchmark-disable", "-p", "no:cacheprovider"
+    )
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout and "passed" in done.stdout
