@@ -150,7 +150,7 @@ def soak(seconds: float, *, device: str = "cpu", leak: float = 0.0) -> dict[str,
     """Run it; returns the record for the JSON file."""
     torch.set_num_threads(1)
     figures = Figures(device)
-    every = min(5.0, seconds / 24)
+    every = max(1.0, min(5.0, seconds / 36))  # a pause takes up to a fetch's timeout besides
     with tempfile.TemporaryDirectory() as folder, WorkerPool(PoolConfig()) as pool:
         directory = Path(folder)
         write_pictures(directory)
@@ -165,7 +165,8 @@ def soak(seconds: float, *, device: str = "cpu", leak: float = 0.0) -> dict[str,
         config = EngineConfig(
             device=device,
             allow_hosts=("127.0.0.1",),
-            fetch_timeout=3.0,  # a busy machine's slow URLs take a second
+            # A busy machine's slow URLs take a second.
+            fetch_timeout=3.0 if device == "cpu" else 1.5,
             # Small, so that all of it is in use, and in turnover, before warm-up is over.
             kv_cache_mb=8,
             image_cache_mb=1,

@@ -17,7 +17,7 @@ import psutil
 import torch
 
 LIMIT_MB_H = 1.0
-_JITTER = 5  # readings at either end of which device memory may differ
+_JITTER = 3  # readings at either end of which device memory may differ
 _STACK = 5 << 20  # bytes of a thread's stack, a size that nothing else maps
 _GUARD = 64 << 10  # at most so much of it is mapped apart
 _MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw.*?^Rss: +([0-9]+) kB", re.M | re.S)

@@ -41,7 +41,7 @@ def poisoned_kernel(device: torch.device) -> None:
 
 def main() -> None:
     """Readers of all sorts are under way when a prefill step launches the kernel."""
-    faulthandler.dump_traceback_later(2 * PATIENCE_S, exit=True)
+    faulthandler.dump_traceback_later(PATIENCE_S + 20.0, exit=True)
     picture = Image.new("RGB", (160, 160), (200, 200, 190))
     outcomes: Counter[str] = Counter()
     lock, gate = threading.Lock(), threading.Event()
@@ -108,6 +108,8 @@ def main() -> None:
     seconds = time.monotonic() - began
     for stream in left:
         read(stream)
+    while pool.has_workers(model.registry_key) and time.monotonic() < began + PATIENCE_S:
+        time.sleep(0.01)
     read(ask())
     expected = 1 + THREADS + TASKS + LATE + NEVER + 1
     faults = [f"{expected - outcomes.total()} streams did not end"] * (outcomes.total() < expected)

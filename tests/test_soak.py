@@ -164,7 +164,7 @@ def test_a_card_whose_memory_never_comes_back_is_a_fault_and_a_jitter_is_none() 
     jitter = [10.0, 12.0] * 10
     assert judge_device("device", jitter) == []
     assert judge_device("device", [*jitter, *(value + 5 for value in jitter)]) != []
-    assert judge_device("device", jitter[:6]) != []
+    assert judge_device("device", jitter[:5]) != []
 
 
 def test_an_outcome_that_is_not_right_for_its_kind_is_a_fault_and_so_is_none() -> None:
