@@ -35,7 +35,8 @@ from llava_engine.pool.sizing import HOST, DeviceMemory, kv_share_mb
 from llava_engine.pool.stages import Stages
 from llava_engine.quant.fp8 import require_fp8
 from llava_engine.registry import ModelInfo
-from llava_engine.runtime.runtime import LOST, DeviceRuntime, device_lost
+from llava_engine.runtime.failures import LOST, device_lost
+from llava_engine.runtime.runtime import DeviceRuntime
 from llava_engine.runtime.sequence import Picture, Sequence
 from llava_engine.text.detokenizer import Detokenizer
 from llava_engine.text.prompt import build_prompt, check_length

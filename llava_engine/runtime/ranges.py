@@ -24,10 +24,10 @@ def ranges(on: bool, device: torch.device) -> Ranges:
             if not nvtx:
                 yield
                 return
-            torch.cuda.nvtx.range_push(name)
+            torch.cuda.nvtx.range_push(name)  # type: ignore[no-untyped-call]
             try:
                 yield
             finally:
-                torch.cuda.nvtx.range_pop()
+                torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
 
     return opened

@@ -10,42 +10,32 @@ import logging
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import nullcontext, suppress
-from queue import Empty, SimpleQueue
+from contextlib import nullcontext
 
 import torch
 
 from llava_engine.config import EngineConfig
-from llava_engine.errors import (
-    DeviceLost,
-    LlavaError,
-    MemoryExhausted,
-    RequestFailed,
-    WorkerDied,
-)
+from llava_engine.errors import MemoryExhausted, WorkerDied
 from llava_engine.kernels.library import references
 from llava_engine.network.llava import LlavaModel
 from llava_engine.network.weights import quantize_for_prefill
 from llava_engine.quant.fp8 import require_fp8
-from llava_engine.runtime.decode_loop import DeviceFailed, TokenEvent
-from llava_engine.runtime.decode_state import RING_STEPS
+from llava_engine.runtime.decode_loop import TokenEvent
 from llava_engine.runtime.decoder import Decoder
+from llava_engine.runtime.failures import LOST, device_lost
 from llava_engine.runtime.feature_cache import FeatureCache
+from llava_engine.runtime.inbox import Inbox, Item
 from llava_engine.runtime.kv_cache import BlockPool, KVCache
 from llava_engine.runtime.model_runner import ModelRunner
-from llava_engine.runtime.picture_encoder import MOST_AT_ONCE
 from llava_engine.runtime.ranges import ranges
-from llava_engine.runtime.scheduler import Scheduled, Scheduler
-from llava_engine.runtime.sequence import Sequence, SequenceStatus, TokenSink
+from llava_engine.runtime.scheduler import Scheduler
+from llava_engine.runtime.sequence import Sequence
+from llava_engine.runtime.steps import Steps
 from llava_engine.runtime.streams import DeviceStreams
 
 logger = logging.getLogger(__name__)
-
-LOST = (torch.AcceleratorError, DeviceFailed)
-"""After one of these the CUDA context is lost, and every sequence with it."""
 
 
 class DeviceRuntime:
@@ -94,8 +84,7 @@ class DeviceRuntime:
         attention = "paged" if config.kernels == "reference" else config.attention
         compiled = config.kernels == "auto" and device.type == "cuda"
         self._streams = DeviceStreams(device)
-        self._range = ranges(config.nvtx, device)
-        self._runner = ModelRunner(
+        runner = ModelRunner(
             model,
             self._cache,
             self._features,
@@ -111,17 +100,21 @@ class DeviceRuntime:
             max_model_len=self.max_model_len,
             config=config,
         )
-        self._on_tokens = on_tokens
+        self._inbox = Inbox()
+        self._steps = Steps(
+            self._scheduler,
+            runner,
+            self._decoder,
+            self._inbox,
+            device,
+            on_tokens=on_tokens,
+            opened=ranges(config.nvtx, device),
+        )
         self._shares: dict[str, int] = {}
-        # What the loop thread is to do: a sequence, a command, or None to just look around.
-        self._inbox: SimpleQueue[Sequence | Callable[[], None] | None] = SimpleQueue()
-        # Of that what the loop thread has seen already.
-        self._seen: deque[Sequence | Callable[[], None] | None] = deque()
         self._closing = False
         self._lock = threading.Lock()
         self._open = True
         """Guarded by `_lock`: whether the loop will still look at what is put in the inbox."""
-        self._unflushed: list[TokenSink] = []
         self._death: BaseException | None = None
         self._death_callbacks: list[Callable[[BaseException], None]] = []
         self._thread = threading.Thread(
@@ -153,7 +146,7 @@ class DeviceRuntime:
         """Sequences that run or wait, be it for their readers."""
         scheduler = self._scheduler
         held = len(scheduler.running) + scheduler.num_waiting + len(scheduler.paused)
-        return held + self._inbox.qsize() + len(self._seen)
+        return held + len(self._inbox)
 
     def add_worker(self, name: str, kv_bytes: int) -> None:
         """Grow the KV cache by a worker's share, at least one block.
@@ -194,7 +187,7 @@ class DeviceRuntime:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _put(self, item: Sequence | Callable[[], None]) -> bool:
+    def _put(self, item: Item) -> bool:
         with self._lock:
             if self._open:
                 self._inbox.put(item)
@@ -272,7 +265,7 @@ class DeviceRuntime:
             with torch.inference_mode(), self._kernels(), self._streams.prefilling():
                 while not self._closing:
                     self._receive()
-                    self._advance(self._scheduler.schedule(time.monotonic()))
+                    self._steps.run(self._scheduler.schedule(time.monotonic()))
         except BaseException as error:  # noqa: BLE001  whatever it is, no stream may hang
             logger.exception("The runtime on %s died.", self.device)
             traceback.clear_frames(error.__traceback__)  # they hold the model
@@ -285,160 +278,15 @@ class DeviceRuntime:
         deadline = self._scheduler.next_deadline() if idle else None  # of one that is paused
         patience = None if deadline is None else max(0.0, deadline - time.monotonic())
         reap = False
-        try:
-            item = self._seen.popleft() if self._seen else self._inbox.get(idle, patience)
-            while True:
-                if item is None:
-                    reap = True
-                elif isinstance(item, Sequence):
-                    self._scheduler.add(item)
-                else:
-                    item()
-                item = self._seen.popleft() if self._seen else self._inbox.get_nowait()
-        except Empty:
-            pass
+        for item in self._inbox.take(idle, patience):
+            if item is None:
+                reap = True
+            elif isinstance(item, Sequence):
+                self._scheduler.add(item)
+            else:
+                item()
         if reap:
             self._scheduler.reap()
-
-    def _advance(self, step: list[Scheduled]) -> None:
-        if step and not all(self._decodes(entry) for entry in step):
-            with self._range("llava_engine: step"):
-                self._run(step)
-            return
-        self._flush()
-        if step:
-            with self._range("llava_engine: decode"):
-                self._decode(step)
-
-    def _flush(self) -> None:
-        """Wake the readers of the last step's tokens.
-
-        They take Python's lock for a while, each, so this is done when the device has its next
-        work, if there is more than decoding, which does without Python.
-        """
-        for sink in self._unflushed:
-            sink.flush()
-        self._unflushed.clear()
-
-    def _run(self, step: list[Scheduled]) -> None:
-        """One step of anything, pictures and long prompts included."""
-        try:
-            tokens = self._runner.run(step, launched=self._flush)
-        except LOST:
-            raise
-        except Exception as error:
-            self._raise_if_lost()
-            self._flush()
-            # Its frames hold the step's tensors: memory that the next try may need, and that would
-            # be kept as long as a reader keeps the exception.
-            traceback.clear_frames(error.__traceback__)
-            failure = error
-        else:
-            for entry, token in zip(step, tokens, strict=True):
-                self._scheduler.complete(entry, token)
-                if token is not None:
-                    self._unflushed.append(entry.sequence.sink)
-            return
-        if len(step) == 1:
-            self._scheduler.fail(step[0].sequence, _as_llava_error(failure))
-            return
-        # One sequence's failure is its own: find it by running each alone.
-        logger.warning("A step of %d sequences failed; running each alone.", len(step))
-        for entry in step:
-            self._run([entry])
-
-    def _raise_if_lost(self) -> None:
-        """Raise AcceleratorError if the device is: a library may have wrapped its error."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _decodes(self, entry: Scheduled) -> bool:
-        """Whether the entry is a decoding step's."""
-        return entry.num_tokens == 1 and entry.completes and self._decoder.takes(entry.sequence)
-
-    def _decode(self, step: list[Scheduled]) -> None:
-        """Many steps of decoding alone, until somebody wants something or too few are left."""
-        sequences = [entry.sequence for entry in step]
-        steps, most = self._scheduler.reserve(sequences, RING_STEPS)
-        try:
-            self._decoder.start(
-                sequences, most, steps, until_one_ends=self._scheduler.num_waiting > 0
-            )
-        except LOST:
-            raise
-        except Exception as error:
-            failure: Exception | None = error
-        else:
-            failure = self._deliver()
-        self._scheduler.trim()
-        if failure is None:
-            return
-        self._raise_if_lost()
-        traceback.clear_frames(failure.__traceback__)  # as in _run
-        logger.warning("Decoding failed; running each sequence alone.", exc_info=failure)
-        # What was delivered is right; the rest finds out alone whose failure it was.
-        for sequence in sequences:
-            if sequence.status is SequenceStatus.RUNNING and sequence.sink.room > 0:
-                self._run([Scheduled(sequence, 1)])
-
-    def _deliver(self) -> Exception | None:
-        """Hand out tokens until the run has ended, and end it early when there is other work.
-
-        Returns what a step failed with. Nothing put into the inbox is overlooked: who puts
-        something there calls `stop` afterwards. Either the item was there when we look, before each
-        wait, and we stop the run ourselves. Or it came later, and so did the `stop`, which finds
-        the run on and ends it, or at the least makes this wait return, after which we look again.
-        """
-        cancelled, stopped, ended = False, False, False
-        while not ended:
-            deadline = self._scheduler.next_deadline()
-            left = None if deadline is None else deadline - time.monotonic()
-            overdue = left is not None and left <= 0
-            if not stopped and (cancelled or overdue or not self._inbox.empty()):
-                self._decoder.stop()  # once: each makes a wait return at once
-                stopped = True
-                self._encode_ahead()
-            if stopped:
-                left = None  # only what is in flight is still to come
-            try:
-                tokens, ended = self._decoder.wait(left)
-            except LOST:
-                raise
-            except Exception as error:
-                return error
-            if self._on_tokens is not None and tokens:
-                self._on_tokens([event for _, event in tokens])
-            for sequence, event in tokens:
-                self._scheduler.complete(Scheduled(sequence, 1), event.token)
-                sequence.sink.flush()
-                going = sequence.status is SequenceStatus.RUNNING
-                cancelled = cancelled or (going and sequence.sink.cancelled)
-        return None
-
-    def _encode_ahead(self) -> None:
-        """Encode the pictures of those who have just come beside the decoding steps in flight.
-
-        A failure is of no consequence: their own step finds it again, and whose it is.
-        """
-        with suppress(Empty):
-            while True:
-                self._seen.append(self._inbox.get_nowait())
-        if self._scheduler.num_waiting > 0:
-            return  # it is not their turn, and features take memory
-        pictures = [
-            (sequence, picture)
-            for sequence in self._seen
-            if isinstance(sequence, Sequence) and not sequence.sink.cancelled
-            for picture in sequence.pictures
-            if self._scheduler.num_cached(sequence) < picture.offset + picture.length
-        ]
-        try:
-            self._runner.encode_pictures(pictures[:MOST_AT_ONCE])
-        except LOST:
-            raise
-        except Exception as error:
-            self._raise_if_lost()
-            traceback.clear_frames(error.__traceback__)
 
     def _shut(self) -> None:
         """No more work: fail what is left, run what waits for an answer, free the memory."""
@@ -447,11 +295,7 @@ class DeviceRuntime:
             callbacks = list(self._death_callbacks)
         for sequence in self._scheduler.abandon():
             sequence.sink.fail(self._gone())
-        while True:
-            try:
-                item = self._seen.popleft() if self._seen else self._inbox.get_nowait()
-            except Empty:
-                break
+        for item in self._inbox.take(wait=False):
             if isinstance(item, Sequence):
                 item.sink.fail(self._gone())
             elif item is not None:
@@ -467,10 +311,8 @@ class DeviceRuntime:
 
     def _free_memory(self) -> None:
         try:
-            self._decoder.close()  # first: steps in flight still write to the cache
-            self._runner.close()
+            self._steps.close()
         finally:
-            del self._runner
             self._weights_bytes = 0
             self._features.clear()
             self._blocks = BlockPool(0, self._blocks.block_size)
@@ -483,20 +325,3 @@ class DeviceRuntime:
             died = device_lost(self.device)
         died.__cause__ = self._death
         return died
-
-
-def device_lost(device: torch.device) -> DeviceLost:
-    """A new error for one stream; the caller attaches the cause."""
-    return DeviceLost(f"{device} has failed; this process cannot use it any more.")
-
-
-def _as_llava_error(error: Exception) -> LlavaError:
-    if isinstance(error, LlavaError):
-        return error
-    wrapped: LlavaError
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        wrapped = MemoryExhausted("The device ran out of memory during this request.")
-    else:
-        wrapped = RequestFailed(f"The model failed on this request: {type(error).__name__}.")
-    wrapped.__cause__ = error
-    return wrapped

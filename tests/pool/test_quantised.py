@@ -37,7 +37,7 @@ def pool() -> Iterator[WorkerPool]:
 def network(pool: WorkerPool, model: llava_engine.VisionModel) -> LlavaModel:
     """The weights that a model's worker runs."""
     (site,) = model_of(pool, model.registry_key).sites.values()
-    found = site.backend._runtime._runner._model  # type: ignore[attr-defined]
+    found = site.backend._runtime._steps._runner._model  # type: ignore[attr-defined]
     assert isinstance(found, LlavaModel)
     return found
 
