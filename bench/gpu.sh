@@ -77,7 +77,9 @@ EOF
       $python bench/cold_start.py --json "$out/cold_start.json" || failed=1
       ;;
     serving)  # 14 GB of random weights in memory first; about 130 s, 50 of them torch.compile's
-      TMPDIR=${CHECKPOINTS:-/dev/shm} $python bench/serving.py --model llava-1.5-7b \
+      room=$(df --output=avail -k /dev/shm 2>/dev/null | tail -1)
+      checkpoints=/tmp; [ "${room:-0}" -gt 16000000 ] && checkpoints=/dev/shm
+      TMPDIR=${CHECKPOINTS:-$checkpoints} $python bench/serving.py --model llava-1.5-7b \
         --random-weights --device cuda --dtype float16 --kv-cache-mb 15000 --prompt-tokens 26 \
         --new-tokens 128 --concurrency 1,8,64 --peers "${PEERS:-vllm,eager,compiled}" \
         --json "$out/serving.json" --report "$out/serving.html" --ops bench/results/kernels.json ||

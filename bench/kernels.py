@@ -99,6 +99,13 @@ def copy_ceiling() -> float:
     return 2 * source.nbytes / min(by_copy, by_kernel) / 1e3
 
 
+def matmul_ceiling() -> float:
+    """TFLOP/s of a large product of random matrices, by torch."""
+    a, b = half(8192, 8192), half(8192, 8192)
+    out = torch.empty_like(a)
+    return 2 * 8192**3 / replay_us([lambda: torch.mm(a, b, out=out)] * 4) / 1e6
+
+
 def norms(tokens: int) -> Iterator[Case]:
     def make(add: bool) -> tuple[Call, Call]:
         x, residual, weight = half(tokens, HIDDEN), half(tokens, HIDDEN), half(HIDDEN)
@@ -427,7 +434,11 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
         ceiling = copy_ceiling()
-        print(f"{torch.cuda.get_device_name()}: copy {ceiling:.0f} GB/s")
+        products = matmul_ceiling()
+        print(
+            f"{torch.cuda.get_device_name()}: copy {ceiling:.0f} GB/s, product of 8192 x 8192 "
+            f"{products:.0f} TFLOP/s"
+        )
         first_cudnn = cudnn_first_call_ms()
         print(f"cuDNN attention at a new length: {first_cudnn:.1f} ms")
         rows = []
@@ -446,6 +457,7 @@ def main() -> None:
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "copy_gb_per_s": ceiling,
+            "matmul_tflop_per_s": products,
             "cudnn_first_call_ms": first_cudnn,
             "rows": rows,
         }

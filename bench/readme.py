@@ -146,6 +146,8 @@ def _peers(results: Path, serving: Record | None) -> str:
         f"times as the caller sees them ({_source(results, 'serving.json')}). Answers were "
         "compared before speeds. transformers has several requests as one batch."
     )
+    if (results / "serving.html").exists():
+        notes.append("[The whole report](bench/results/serving.html) is one page.")
     return "\n\n".join(["\n".join(table), " ".join([words, *notes])])
 
 

@@ -23,7 +23,6 @@ from llava_engine.cli.bench.plots import (
 from llava_engine.cli.bench.style import STYLE
 
 Record = dict[str, Any]
-_MUCH_ARITHMETIC = 50  # operations a byte; a GPU does a few hundred while it reads one
 _SHARE = Axis("% of them within", 0, 100)
 _LATENCIES = {
     "ttft": "time to first token",
@@ -294,24 +293,28 @@ def _cold_start(split: dict[str, float]) -> str:
 
 
 def _ops(ops: Record) -> str:
-    """Shares of what the memory gives, by op; matrix products of many rows have another limit."""
-    ceiling = ops["copy_gb_per_s"]
+    """Each op's share of the ceiling that is nearer to it: the memory's or the arithmetic's."""
+    copied, multiplied = ops["copy_gb_per_s"], ops.get("matmul_tflop_per_s")
     rows = []
     for row in sorted(ops["rows"], key=lambda row: row["case"].split(" ")[0]):
-        share = 100 * row["share_of_copy_ceiling"]
-        busy = 1e3 * row["tflop_per_s"] > _MUCH_ARITHMETIC * row["gb_per_s"]
-        note = f"{number(row['us'])} \u00b5s, {number(row['gb_per_s'])} GB/s"
-        if busy:
-            note = f"{number(row['us'])} \u00b5s, {number(row['tflop_per_s'])} TFLOP/s"
-        rows.append(Bar(row["case"], [("share", 4 if busy else 0, share)], note))
-    keys = legend([("few operations a byte", 0, False), (f"over {_MUCH_ARITHMETIC}", 4, False)])
+        share, colour, rate = row["share_of_copy_ceiling"], 0, f"{number(row['gb_per_s'])} GB/s"
+        arithmetic = row["tflop_per_s"] / multiplied if multiplied else 0.0
+        if arithmetic > share:
+            share, colour, rate = arithmetic, 4, f"{number(row['tflop_per_s'])} TFLOP/s"
+        note = f"{number(row['us'])} \u00b5s, {rate}"
+        rows.append(Bar(row["case"], [("share", colour, 100 * share)], note))
+    ceilings = [f"a copy reached {number(copied)} GB/s"]
+    keys = [("of the copy's rate", 0, False)]
+    if multiplied:
+        ceilings.append(f"a large matrix product {number(multiplied)} TFLOP/s")
+        keys.append(("of the matrix product's rate", 4, False))
     return _figure(
-        "Kernels against the memory's ceiling",
-        f"Bytes that must move over the time it took, as a share of the {number(ceiling)} GB/s "
-        f"that a copy reached in the same run ({escape(ops['device'])}, commit "
-        f"{escape(ops['commit'])}). A short bar is no fault where arithmetic is the limit, or "
-        "where a call takes but a few microseconds.",
-        keys + bars(rows, Axis("% of the copy's rate", 0, 110), mark=100),
+        "Kernels against their ceilings",
+        f"In the same run {' and '.join(ceilings)} ({escape(ops['device'])}, commit "
+        f"{escape(ops['commit'])}). Of each kernel, the bytes that must move or the operations "
+        "over the time it took, whichever is the larger share. Calls of a few microseconds are "
+        "bound by neither.",
+        legend(keys) + bars(rows, Axis("% of the ceiling", 0, 110), mark=100),
     )
 
 

@@ -85,6 +85,27 @@ def test_what_was_measured_is_on_the_page(ran):
     assert set(ran.record["cold_start_s"]) <= rows
 
 
+def test_a_kernels_bar_is_its_share_of_the_nearer_ceiling(ran):
+    """A made-up run: a bar of 100 % is as long as the mark is far from the bars' beginning."""
+    rows = [
+        {"case": "read", "gb_per_s": 1500.0, "tflop_per_s": 10.0, "share_of_copy_ceiling": 0.5},
+        {"case": "multiply", "gb_per_s": 300.0, "tflop_per_s": 600.0, "share_of_copy_ceiling": 0.1},
+        {"case": "all", "gb_per_s": 3000.0, "tflop_per_s": 0.0, "share_of_copy_ceiling": 1.0},
+    ]
+    rows = [{**row, "us": 100.0} for row in rows]
+    ops = {"device": "a GPU", "commit": "c", "copy_gb_per_s": 3000.0, "rows": rows}
+    for multiplied, expected in ((800.0, 0.75), (None, 0.1)):
+        elements = Elements()
+        elements.feed(report({**ran.record, "runs": []}, {**ops, "matmul_tflop_per_s": multiplied}))
+        widths = {a["data-row"]: float(a["width"] or 0) for t, a in elements.found if t == "rect"
+                  and "data-row" in a}  # fmt: skip
+        begin = next(float(a["x"] or 0) for _, a in elements.found if a.get("data-row") == "all")
+        mark = next(float(a["x1"] or 0) for _, a in elements.found if a.get("class") == "mark")
+        assert widths["all"] == pytest.approx(mark - begin, abs=0.2)
+        assert widths["read"] == pytest.approx(0.5 * widths["all"], abs=0.1)
+        assert widths["multiply"] == pytest.approx(expected * widths["all"], abs=0.1)
+
+
 def test_strangers_names_are_text(ran):
     bad = "<script>alert(1)</script>"
     record = {**ran.record, "model": bad, "command": bad}
