@@ -21,10 +21,14 @@ autocorrelation r: (1 + r) / (1 - r) as much variance). "flat" is a 95 % interva
 1 MB/h, "grows" one wholly above, and "undecided" asks for a longer run; only two times "flat"
 passes. `--leak 2` keeps 2 MB an hour more in small objects, and must end as "grows".
 
+Before all that, 10,000 streams (`--cancelled`) are asked for and left: at once, in prefill, while
+they decode.
+
 `--device cuda` is for a GPU, and for less time: the card's memory is judged instead of the host's,
 and at the end a kernel is poisoned in another process (bench/soak_poison.py).
 
-    python -m bench.soak [--minutes 10] [--device cuda] [--leak MB_PER_HOUR] [--json PATH]
+    python -m bench.soak [--minutes 10] [--cancelled 10000] [--device cuda] [--leak MB_PER_HOUR]
+                         [--json PATH]
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +52,12 @@ import llava_engine
 from bench.soak_figures import Figures, judge_counts, judge_device, judge_memory
 from bench.soak_load import Load
 from bench.soak_requests import (
+    DROPPED,
     MAX_BYTES,
     MAX_UNREAD,
     PICTURES,
     QUERY,
+    Kind,
     SlowFile,
     all_kinds,
     picture_name,
@@ -146,7 +153,29 @@ def fill_crews(model: VisionModel, base: str, picture: bytes) -> int:
     return len(streams)
 
 
-def soak(seconds: float, *, device: str = "cpu", leak: float = 0.0) -> dict[str, Any]:
+def storm(kinds: list[Kind], count: int) -> tuple[Load, list[str]]:
+    """Ask for `count` streams that are cancelled or dropped, and wait for all of them; also returns
+    the faults."""
+    load = Load([kind for kind in kinds if kind.expected <= {"cancelled", DROPPED}])
+    threads = load.start()
+    seen, since = 0, time.monotonic()
+    while seen < count and time.monotonic() < since + STUCK_S:
+        time.sleep(0.01)
+        if load.requests > seen:
+            seen, since = load.requests, time.monotonic()
+    stuck = load.pause(STUCK_S)
+    if stuck:
+        faulthandler.dump_traceback(all_threads=True)
+        return load, [*load.unexpected(), f"streams that did not end: {', '.join(stuck)}"]
+    load.stopping = True
+    for thread in threads:
+        thread.join()
+    return load, load.unexpected()
+
+
+def soak(
+    seconds: float, *, cancelled: int = 10_000, device: str = "cpu", leak: float = 0.0
+) -> dict[str, Any]:
     """Run it; returns the record for the JSON file."""
     torch.set_num_threads(1)
     figures = Figures(device)
@@ -176,13 +205,18 @@ def soak(seconds: float, *, device: str = "cpu", leak: float = 0.0) -> dict[str,
         )
         model = llava_engine.get("llava-tiny", config, pool=pool)
         # On a GPU an answer may depend on the batch it was computed in.
-        load = Load(all_kinds(model, directory, port, one_answer=device == "cpu"), leak)
+        kinds = all_kinds(model, directory, port, one_answer=device == "cpu")
+        load = Load(kinds, leak)
         alone = f"http://127.0.0.1:{port}/alone/{picture_name(0)}"
         quiet = Quiet(load, model, pool, alone, figures)
         first = (directory / picture_name(0)).read_bytes()
         model.describe_image(first, QUERY).text()
         quiet.own_requests += 1
         quiet.own_requests += fill_crews(model, f"http://127.0.0.1:{port}", first)
+        filled = time.monotonic()
+        left, faults = storm(kinds, cancelled)
+        quiet.own_requests += left.requests
+        storm_s = time.monotonic() - filled
         began = time.monotonic()
         threads = load.start()
         alive = True
@@ -197,15 +231,17 @@ def soak(seconds: float, *, device: str = "cpu", leak: float = 0.0) -> dict[str,
         health = pool.health()["models"][model.registry_key]
     if forbidden != "0":
         quiet.faults.append(f"connections that reached a forbidden address: {forbidden}")
+    faults += load.unexpected() + quiet.faults
     return {
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "minutes": (time.monotonic() - began) / 60,
         "leak_mb_per_hour": leak,
+        "cancelled_before": {"seconds": storm_s, **sum(left.outcomes.values(), Counter())},
         "requests": load.requests,
         "outcomes": {name: dict(counter) for name, counter in load.outcomes.items()},
         "pool_outcomes": health["outcomes"],
         "forbidden_connections": int(forbidden),
-        **judge(figures, began + WARM_UP * seconds, load.unexpected() + quiet.faults),
+        **judge(figures, began + WARM_UP * seconds, faults),
     }
 
 
@@ -266,6 +302,7 @@ def main() -> None:
     """Print the record, write JSON if asked; exit with 1 unless it passed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--cancelled", type=int, default=10_000, help="streams, before the rest")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--leak", type=float, default=0, metavar="MB_H", help="keep so much: must fail"
@@ -281,7 +318,9 @@ def main() -> None:
             os.environ | ALLOCATOR | {"PYTHONPATH": path},
         )
     device = "cuda:0" if arguments.device == "cuda" else "cpu"
-    record = soak(60 * arguments.minutes, device=device, leak=arguments.leak)
+    record = soak(
+        60 * arguments.minutes, cancelled=arguments.cancelled, device=device, leak=arguments.leak
+    )
     if arguments.device == "cuda":
         record["poisoned_kernel"] = poison()
         record["passed"] = record["passed"] and record["poisoned_kernel"]["passed"]

@@ -20,7 +20,7 @@ LIMIT_MB_H = 1.0
 _JITTER = 3  # readings at either end of which device memory may differ
 _STACK = 5 << 20  # bytes of a thread's stack, a size that nothing else maps
 _GUARD = 64 << 10  # at most so much of it is mapped apart
-_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw.*?^Rss: +([0-9]+) kB", re.M | re.S)
+_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) .*?^Rss: +([0-9]+) kB", re.M | re.S)
 
 
 class _MallocInfo(ctypes.Structure):
@@ -66,9 +66,9 @@ class Figures:
         info = self._libc.mallinfo2()
         self.seconds.append(time.monotonic())
         self.heap.append(info.uordblks + info.hblkhd)
-        stacks = stack_bytes()
+        rss, stacks = resident_bytes()
         self.stacks.append(stacks)
-        self.rss.append(self._process.memory_info().rss - stacks)
+        self.rss.append(rss)
         self.threads.append(self._process.num_threads())
         self.descriptors.append(self._process.num_fds())
         if self._device is not None:
@@ -87,14 +87,16 @@ def fill_numpys_cache() -> None:
         del kept
 
 
-def stack_bytes() -> int:
-    """RSS of the stacks of threads started since `Figures` was made."""
-    mappings = _MAPPING.findall(Path("/proc/self/smaps").read_text())
-    return sum(
-        int(kib) << 10
-        for start, end, kib in mappings
-        if _STACK - _GUARD <= int(end, 16) - int(start, 16) <= _STACK
-    )
+def resident_bytes() -> tuple[int, int]:
+    """RSS without the stacks of threads started since `Figures` was made, and that of the stacks.
+
+    From smaps: statm, which psutil reads, may be wrong by 32 pages for each processor.
+    """
+    rss = [0, 0]
+    for start, end, kib in _MAPPING.findall(Path("/proc/self/smaps").read_text()):
+        is_stack = _STACK - _GUARD <= int(end, 16) - int(start, 16) <= _STACK
+        rss[is_stack] += int(kib) << 10
+    return rss[0], rss[1]
 
 
 def slope(times: list[float], values: list[float]) -> tuple[float, float]:

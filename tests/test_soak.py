@@ -25,7 +25,17 @@ def test_ten_seconds_of_everything(tmp_path: Path) -> None:
     """Memory is not judged: ten seconds are all warm-up."""
     out = tmp_path / "soak.json"
     done = subprocess.run(
-        [sys.executable, "-m", "bench.soak", "--minutes", str(10 / 60), "--json", str(out)],
+        [
+            sys.executable,
+            "-m",
+            "bench.soak",
+            "--minutes",
+            str(10 / 60),
+            "--cancelled",
+            "100",
+            "--json",
+            str(out),
+        ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -39,6 +49,8 @@ def test_ten_seconds_of_everything(tmp_path: Path) -> None:
     assert record["descriptors"]["end"] <= record["descriptors"]["after_warm_up"]
     assert record["forbidden_connections"] == 0
     assert all(record["outcomes"].values())  # no kind was left out
+    left = record["cancelled_before"]
+    assert left["cancelled"] + left["dropped"] >= 100
     assert "Traceback" not in done.stderr
 
 
