@@ -53,6 +53,7 @@ _PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
 _PROPORTION = {"JPEG": (1 << 20, 512), "WEBP": (1 << 21, 1024)}
 _OTHER_PROPORTION = (1 << 22, 2048)
 _BAND_PIXELS = 1 << 20  # converted at a time, so that no second copy of a picture is held
+_PLAIN_PIXELS = 1 << 23  # of a picture that is turned into bytes whole, for a moment twice
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _WIDE_GREY_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -279,14 +280,22 @@ def _from_array(array: Pixels, limit: int) -> LoadedImage:
 def _to_rgb(image: Image.Image, orientation: int, digest: hashlib.blake2b | None) -> Pixels:
     """Convert band by band into an upright array; `digest` takes in each band's raw bytes."""
     width, height = image.size
+    plain = image.mode == "RGB" and "transparency" not in image.info
+    if plain and digest is None and orientation == 1 and width * height <= _PLAIN_PIXELS:
+        return _bytes_of(image)  # most pictures: copied once
     pixels = _empty_upright(width, height, orientation)
     stored = _as_stored(pixels, orientation)
     for top, bottom in _bands(width, height):
         band = image.crop((0, top, width, bottom))
         if digest is not None:
             digest.update(band.tobytes())
-        stored[top:bottom] = _band_to_rgb(band)
+        stored[top:bottom] = _bytes_of(band) if plain else _band_to_rgb(band)
     return pixels
+
+
+def _bytes_of(image: Image.Image) -> Pixels:
+    """The pixels of an RGB picture, which cannot be written to."""
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
