@@ -23,6 +23,7 @@ from llava_engine.cli.bench.cold_start import age, cold_start
 from llava_engine.cli.bench.comparison import NAMES, Plan, agree, measure_peers
 from llava_engine.cli.bench.loops import Record, closed_loop, open_loop
 from llava_engine.cli.bench.machine import machine, versions
+from llava_engine.cli.bench.metrics import GOALS, detailed, summarize
 from llava_engine.cli.bench.peers import Setting
 from llava_engine.cli.bench.random_checkpoint import write_random_checkpoint
 from llava_engine.cli.bench.report import report
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-cache-mb", type=int, metavar="N", help="a worker's share of the KV cache, in MiB")
     add("--seed", type=int, default=0, metavar="N", help="of pictures, weights and arrivals")
     add("--goodput", type=_goals, metavar="ttft:MS,tpot:MS,e2el:MS", help="count what meets these")
+    add("--detailed", action="store_true", help="every request's own times in the JSON, too")
     add("--peers", type=_peers, nargs="?", const=list(NAMES), default=[], metavar="NAME,NAME",
         help=f"measure other engines too, of {', '.join(NAMES)}; all if none is named")  # fmt: skip
     add("--report", type=Path, metavar="FILE", help="write an HTML page")
@@ -60,9 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_bench(args: argparse.Namespace) -> None:
     """Measure, and print what was found."""
     started = age()
+    # What would fail after minutes of measuring fails now.
+    ops = None if args.ops is None else _read_ops(args.ops)
+    for path in (args.report, args.trace):
+        if path is not None and not path.parent.is_dir():
+            raise BadInput(f"{path}: there is no such folder")
     record = measure(args, started)
     if args.report is not None:
-        ops = None if args.ops is None else _read_ops(args.ops)
         args.report.write_text(report(record, ops), encoding="utf-8")
     if args.json:
         print(json.dumps(record))
@@ -74,6 +80,7 @@ def measure(args: argparse.Namespace, started: float | None = None) -> dict[str,
     """Everything that was asked for, as one JSON-able record."""
     if args.new_tokens < 1 or (args.requests is not None and args.requests < 0):
         raise BadInput("--new-tokens must be at least 1, --requests not below 0")
+    folder = None if args.images is None else files(args.images)
     with ExitStack() as stack:
         model = _model(args, stack)
         record: dict[str, Any] = {
@@ -92,8 +99,8 @@ def measure(args: argparse.Namespace, started: float | None = None) -> dict[str,
             "sampling": "greedy, past the end of sequence",
             "seed": args.seed,
         }
-        if args.images:
-            record["workload"]["distinct_pictures"] = files(args.images)[1]
+        if folder is not None:
+            record["workload"]["distinct_pictures"] = folder[1]
         else:
             height, width = _picture_size(args, model)
             record["workload"] |= {"picture_width": width, "picture_height": height}
@@ -114,8 +121,6 @@ def _runs(
     args: argparse.Namespace, work: Workload, workload: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[int, range], dict[int, list[int]]]:
     """The figures of all runs; of closed loops the requests' numbers, and all answers."""
-    from llava_engine.cli.bench.metrics import summarize
-
     runs: list[dict[str, Any]] = []
     levels: dict[int, range] = {}
     answers: dict[int, list[int]] = {}
@@ -135,10 +140,11 @@ def _runs(
         first = numbers.stop
         records, seconds = loop(work.ask(numbers.start, count), count)
         _note_prompt(records, workload)
+        figures = summarize(records, seconds, args.goodput)
+        if args.detailed:
+            figures |= detailed(records)
         answers.update({numbers[record.number]: record.token_ids for record in records})
-        runs.append(
-            {"backend": "llava_engine", **kind, **summarize(records, seconds, args.goodput)}
-        )
+        runs.append({"backend": "llava_engine", **kind, **figures})
         return numbers
 
     for concurrency in args.concurrency:
@@ -320,8 +326,6 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _goals(text: str) -> dict[str, float]:
-    from llava_engine.cli.bench.metrics import GOALS
-
     goals = {}
     for part in text.split(","):
         name, _, limit = part.partition(":")

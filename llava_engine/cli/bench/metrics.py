@@ -65,6 +65,21 @@ def summarize(
     return run
 
 
+def detailed(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """Every request by itself, in seconds, as vLLM's benchmark saves them; start_times from the
+    first call on, itls between a request's chunks."""
+    first = min((record.submitted for record in records), default=0.0)
+    return {
+        "start_times": [round(record.submitted - first, 6) for record in records],
+        "input_lens": [record.prompt_tokens for record in records],
+        "output_lens": [record.output_tokens for record in records],
+        "ttfts": [round(record.first_token_s, 6) for record in records],
+        "itls": [[round(b - a, 6) for a, b in pairwise(record.arrivals)] for record in records],
+        "e2els": [round(record.latency_s, 6) for record in records],
+        "errors_by_request": [record.error or "" for record in records],
+    }
+
+
 def latencies_ms(records: Sequence[Record]) -> dict[str, list[float]]:
     """Every value of each latency."""
     return {

@@ -30,7 +30,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     directory = tmp_path_factory.mktemp("bench")
     page, trace = directory / "report.html", directory / "trace.json"
     options = "--concurrency 1,3 --rate 20 --requests 4 --new-tokens 9 --prompt-tokens 25 "
-    options += "--random-weights --kv-cache-mb 128 --goodput ttft:60000,tpot:60000 "
+    options += "--random-weights --detailed --kv-cache-mb 128 --goodput ttft:60000,tpot:60000 "
     options += f"--peers eager,vllm --report {page} --trace {trace} --json "
     options += f"--ops {RESULTS / 'kernels.json'}"
     done = command(*options.split())

@@ -26,6 +26,14 @@ def test_every_request_makes_exactly_so_many_tokens(ran):
         assert run["request_goodput"] == pytest.approx(run["request_throughput"])
 
 
+def test_every_request_is_in_the_detailed_record(ran):
+    for run in ran.record["runs"]:
+        assert run["output_lens"] == [9] * 4 and run["errors_by_request"] == [""] * 4
+        assert 1e3 * sum(run["ttfts"]) / 4 == pytest.approx(run["mean_ttft_ms"], rel=1e-3)
+        gaps = [gap for itls in run["itls"] for gap in itls]
+        assert 1e3 * sum(gaps) / len(gaps) == pytest.approx(run["mean_itl_ms"], rel=1e-3)
+
+
 def test_the_loads_are_those_asked_for(ran):
     loads = [(run["mode"], run.get("max_concurrency"), run.get("request_rate"))
              for run in ran.record["runs"]]  # fmt: skip
@@ -101,7 +109,10 @@ def test_no_requests_is_the_cold_start_alone():
         (["--kv-cache-mb", "0"], "kv_cache_mb"),
         (["--images", "no-such-folder"], "no-such-folder"),
         (["--prompt-tokens", "3"], "--prompt-tokens"),
-        (["--model", "llava-1.5-7b", "--random-weights", "--ops", "nowhere.json"], "room"),
+        (["--model", "llava-1.5-7b", "--random-weights"], "room"),
+        (["--ops", "nowhere.json"], "nowhere.json"),
+        (["--report", "nowhere/page.html"], "nowhere"),
+        (["--trace", "nowhere/trace.json"], "nowhere"),
     ],
 )
 def test_bad_input(options, word, capsys, monkeypatch):

@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from llava_engine.cli.bench.loops import Record
-from llava_engine.cli.bench.metrics import latencies_ms, stages_ms, summarize, timeline
+from llava_engine.cli.bench.metrics import detailed, latencies_ms, stages_ms, summarize, timeline
 
 
 def record(number: int, submitted: float, arrivals: list[float], **more: object) -> Record:
@@ -137,3 +137,16 @@ def test_the_time_line_is_of_a_request_in_the_middle(records):
     shown = summarize(records, 1.0)["timeline"]["number"]
     by_latency = sorted(latencies_ms(records)["e2el"])
     assert latencies_ms([records[shown]])["e2el"] == [by_latency[8]]
+
+
+def test_detailed_records_are_the_requests_themselves(records):
+    found = detailed(records)
+    first = min(r.submitted for r in records)
+    for index, r in enumerate(records):
+        start, ttft = found["start_times"][index], found["ttfts"][index]
+        assert first + start == pytest.approx(r.submitted, abs=1e-5)
+        assert r.submitted + ttft == pytest.approx(r.arrivals[0], abs=1e-5)
+        end = r.submitted + ttft + sum(found["itls"][index])
+        assert end == pytest.approx(r.arrivals[-1], abs=1e-4)
+        assert found["output_lens"][index] == len(r.arrivals)
+    assert {len(values) for values in found.values()} == {17}
