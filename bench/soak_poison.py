@@ -77,11 +77,11 @@ def main() -> None:
     model.describe_image(picture, QUERY).text()
     run, poisoned = ModelRunner.run, threading.Event()
 
-    def faulty(self: ModelRunner, *arguments: Any) -> Any:
+    def faulty(self: ModelRunner, *arguments: Any, **options: Any) -> Any:
         if gate.is_set() and not poisoned.is_set():
             poisoned.set()
             poisoned_kernel(torch.device("cuda:0"))
-        return run(self, *arguments)
+        return run(self, *arguments, **options)
 
     ModelRunner.run = faulty  # type: ignore[method-assign]
 
