@@ -7,8 +7,9 @@ Nothing here knows what a picture is, only how many places it takes and what it 
 from __future__ import annotations
 
 import hashlib
-import struct
 from dataclasses import dataclass
+
+import numpy as np
 
 from llava_engine.errors import InvalidQuery, PromptTooLong, WeightsError
 from llava_engine.text.tokenizer import Tokenizer
@@ -90,5 +91,6 @@ def placeholder_ids(key: bytes, length: int) -> list[int]:
 
     A longer list of the same key begins with the shorter one. Source: SHAKE-128, FIPS 202.
     """
-    words = struct.unpack(f"<{length}Q", hashlib.shake_128(key).digest(8 * length))
-    return [-1 - (word >> 1) for word in words]
+    words = np.frombuffer(hashlib.shake_128(key).digest(8 * length), "<u8")
+    ids: list[int] = (-1 - (words >> 1).astype(np.int64)).tolist()
+    return ids
