@@ -143,7 +143,7 @@ def _runs(
         figures = summarize(records, seconds, args.goodput)
         if args.detailed:
             figures |= detailed(records)
-        answers.update({numbers[record.number]: record.token_ids for record in records})
+        answers.update({numbers[r.number]: r.token_ids for r in records if r.error is None})
         runs.append({"backend": "llava_engine", **kind, **figures})
         return numbers
 

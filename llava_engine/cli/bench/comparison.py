@@ -27,7 +27,7 @@ class Plan:
     """What peers are asked.
 
     levels: by concurrency, the numbers of the requests that the engine was asked there.
-    ours: what it answered to them.
+    ours: what it answered to them, if it did.
     """
 
     levels: Mapping[int, Sequence[int]]
@@ -86,7 +86,7 @@ def measure_peers(
             measure("compiled", model.compiled, version, 1)
         judge = peers.Judge(model, _judged(plan), min(plan.new_tokens, _MEASURED))
     for short, theirs in answers.items():
-        ours = {number: plan.ours[number] for number in _judged(plan)}
+        ours = {number: plan.ours[number] for number in _judged(plan) if number in plan.ours}
         found[short]["outputs"] = peers.compare(ours, theirs, judge)
     return list(found.values())
 

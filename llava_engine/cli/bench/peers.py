@@ -270,10 +270,13 @@ def compare(ours: Answers, theirs: Answers, judge: Judge | None) -> dict[str, An
     """
     found = {"compared": 0, "identical": 0, "near_ties": 0, "different": 0}
     for number in sorted(ours.keys() & theirs.keys()):
-        length = min(len(ours[number]), len(theirs[number]))  # a last token may be no text yet
-        mine, other = ours[number][:length], theirs[number][:length]
         found["compared"] += 1
-        if mine == other:
+        # The last tokens may be no text yet, and are then in no chunk: what both have is compared.
+        length = min(len(ours[number]), len(theirs[number]))
+        mine, other = ours[number][:length], theirs[number][:length]
+        if 2 * length < max(len(ours[number]), len(theirs[number]), 1):
+            found["different"] += 1
+        elif mine == other:
             found["identical"] += 1
         elif judge is not None and judge.greedy(number, mine) and judge.greedy(number, other):
             found["near_ties"] += 1

@@ -102,6 +102,16 @@ def test_equal_answers_need_no_judge(answers):
     assert found == {"compared": 2, "identical": 2, "near_ties": 0, "different": 0}
 
 
+def test_no_answer_is_the_same_as_none(answers):
+    """A stream that broke off is no match, however well it began; a last token may be missing."""
+    for kept, kind in ((0, "different"), (3, "different"), (NEW_TOKENS - 1, "identical")):
+        broken = {number: answer[:kept] for number, answer in answers.items()}
+        for one, other in ((answers, broken), (broken, answers)):
+            assert peers.compare(one, other, None)[kind] == 2
+    assert peers.compare({0: []}, {0: []}, None)["different"] == 1
+    assert not comparison.agree({"outputs": peers.compare({}, answers, None)})
+
+
 def test_another_answer_is_different(answers, judge):
     wrong = {number: list(answer) for number, answer in answers.items()}
     wrong[1][4] = (wrong[1][4] + 1) % 768
