@@ -78,15 +78,17 @@ def _head(record: Record) -> str:
         for name, device in zip(where["names"], where["devices"], strict=True)
     )
     weights = ", random weights" if record["weights"] == "random" else ""
-    picture = "pictures from files"
     if "picture_width" in work:
-        picture = f"a picture of {work['picture_width']}\u00d7{work['picture_height']}"
+        size = f"{work['picture_width']}\u00d7{work['picture_height']}"
+        picture = f"a picture of {size} that no other has"
+    else:
+        picture = f"one of {work['distinct_pictures']} pictures in turn"
     prompt = ""
     if "prompt_tokens" in work:
         prompt = f" ({work['prompt_tokens']} prompt tokens, {work['image_tokens']} of the picture)"
     return (
         f"<header><h1>{escape(record['model'])}<small>{weights} on {escape(places)}</small></h1>"
-        f"<p>Each request: {picture} that no other has and a question{prompt}, answered with "
+        f"<p>Each request: {picture}, and a question{prompt}, answered with "
         f"exactly {work['new_tokens']} tokens, greedily. {escape(record['date'])}</p></header>"
     )
 

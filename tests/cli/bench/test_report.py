@@ -106,6 +106,13 @@ def test_a_kernels_bar_is_its_share_of_the_nearer_ceiling(ran):
         assert widths["multiply"] == pytest.approx(expected * widths["all"], abs=0.1)
 
 
+def test_pictures_that_come_again_are_said_to(ran):
+    assert "that no other has" in ran.report.read_text()
+    work = {"new_tokens": 4, "distinct_pictures": 3}
+    page = report({**ran.record, "workload": work})
+    assert "one of 3 pictures in turn" in page and "that no other has" not in page
+
+
 def test_strangers_names_are_text(ran):
     bad = "<script>alert(1)</script>"
     record = {**ran.record, "model": bad, "command": bad}
