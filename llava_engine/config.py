@@ -113,8 +113,8 @@ class EngineConfig:
                 raise ValueError('proxy must be "http://host:port", with or without user:password@')
         if self.prefill == "fp8" and self.attention not in ("auto", "paged"):
             raise ValueError('prefill="fp8" needs the engine\'s own attention ("auto" or "paged")')
-        if self.prefill == "fp8" and self.quantization is not None:
-            raise ValueError('prefill="fp8" is for models whose weights are not quantised')
+        if self.prefill == "fp8" and self.quantization not in (None, "fp8"):
+            raise ValueError('prefill="fp8" is for weights in 16 bits or quantization="fp8"')
         for name in ("image_cache_mb", "pixel_cache_mb"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")

@@ -112,6 +112,8 @@ def test_a_format_comes_from_the_environment(text: str, monkeypatch: pytest.Monk
     assert EngineConfig.from_env().quantization is None
 
 
-def test_fp8_copies_are_for_weights_that_are_whole() -> None:
-    with pytest.raises(ValueError, match='prefill="fp8".*not quantised'):
-        EngineConfig(prefill="fp8", quantization="nf4")
+def test_prefill_in_fp8_is_for_weights_that_are_whole_or_in_fp8() -> None:
+    for quantization in ("nf4", "int8"):
+        with pytest.raises(ValueError, match='prefill="fp8".*16 bits'):
+            EngineConfig(prefill="fp8", quantization=quantization)  # type: ignore[arg-type]
+    assert EngineConfig(prefill="fp8", quantization="fp8").prefill == "fp8"

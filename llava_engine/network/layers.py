@@ -91,7 +91,7 @@ class Linear:
     The weight is there once: as `weight` [outputs, inputs], or where there is a format as
     `quantised`, or as `matrix`, in `slab`, where the compiled kernels take that. apart: as
     QuantMatrix has it.
-    fp8: `weight` once more in 8 bits, where quantize_for_prefill made it.
+    fp8: what quantize_for_prefill made, `weight` once more in 8 bits, or the `matrix` itself.
     """
 
     def __init__(
@@ -149,9 +149,14 @@ class Linear:
         return 0 if self.quantised is None else self.quantised.nbytes
 
     def quantize_for_prefill(self) -> None:
-        """Make `fp8` of the weight, unless it is there: captured graphs have its address."""
+        """Make `fp8` of a weight that is whole or a matrix in fp8, unless it is there: captured
+        graphs have its address."""
         if self.fp8 is None:
-            self.fp8 = Fp8Weight.of(self.weight)
+            matrix = self.matrix
+            if matrix is None:
+                self.fp8 = Fp8Weight.of(self.weight)
+            else:
+                self.fp8 = Fp8Weight(matrix.weight, matrix.scales)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.whole(x.dtype), self.bias)

@@ -160,12 +160,12 @@ def kv_share_mb(info: ModelInfo, config: EngineConfig, device: str) -> int:
 
 def formats_needed(info: ModelInfo, config: EngineConfig, device: str) -> dict[str, Need]:
     """What the model's workers would take in each format that is smaller, the largest first."""
-    if config.quantization == "nf4" or config.prefill == "fp8":
-        return {}
-    smaller: tuple[Literal["int8", "fp8", "nf4"], ...] = ("int8", "fp8", "nf4")
+    smaller: dict[str | None, tuple[Literal["int8", "fp8", "nf4"], ...]]
+    smaller = {None: ("int8", "fp8", "nf4"), "int8": ("nf4",), "fp8": ("nf4",), "nf4": ()}
     return {
         name: estimate_need(info, replace(config, quantization=name), device)
-        for name in (smaller if config.quantization is None else smaller[2:])
+        for name in smaller[config.quantization]
+        if config.prefill != "fp8" or name == "fp8"
     }
 
 

@@ -313,6 +313,15 @@ def test_a_formats_estimate_holds_its_weights(
     assert size < need.first_mb - need.next_mb < 1.05 * size
 
 
+def test_weights_in_fp8_need_no_copies_for_prefill() -> None:
+    info = lookup("llava-1.5-7b")
+    one, other = (
+        estimate_need(info, EngineConfig(quantization="fp8", prefill=prefill), "cuda:0")
+        for prefill in ("exact", "fp8")
+    )
+    assert one == other
+
+
 def test_formats_that_no_record_has_are_derived() -> None:
     info = replace(lookup("llava-1.5-7b"), est_quantised=())
     products, parameters = LINEAR["llava-1.5-7b"]
@@ -371,7 +380,8 @@ def test_smaller_formats_are_offered_largest_first() -> None:
 
     assert offered() == ["int8", "fp8", "nf4"]
     assert offered(quantization="int8") == offered(quantization="fp8") == ["nf4"]
-    assert offered(quantization="nf4") == offered(prefill="fp8") == []
+    assert offered(quantization="nf4") == offered(prefill="fp8", quantization="fp8") == []
+    assert offered(prefill="fp8") == ["fp8"]
     needs = formats_needed(info, EngineConfig(kv_cache_mb=512), "cuda:0")
     assert needs["nf4"] == estimate_need(
         info, EngineConfig(kv_cache_mb=512, quantization="nf4"), "cuda:0"
