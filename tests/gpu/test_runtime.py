@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import make_checkpoint
-from support.gpu import GPU, NEEDS_GPU, Sink, World
+from support.gpu import GPU, NEEDS_GPU, NEW_TOKENS, Sink, World
 from support.pictures import random_pictures
 from transformers import LlavaForConditionalGeneration
 
@@ -134,6 +134,33 @@ def test_an_abort_storm_leaves_no_block_and_no_memory(world: World, runtime: Dev
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
     assert threading.active_count() == threads
+
+
+def test_slow_readers_get_every_token_and_none_before_they_have_room(
+    world: World, runtime: DeviceRuntime
+) -> None:
+    """A row that may go on for some steps only is idle after them, in a run of the others too."""
+    asked = questions(11, 8)
+    world.measure(asked)
+    sinks = [Sink(room=(3, 7, 1 << 30)[index % 3]) for index in range(8)]
+    for request, sink in zip(asked, sinks, strict=True):
+        runtime.submit(world.sequence(*request, sink))
+    slow = [sink for index, sink in enumerate(sinks) if index % 3 < 2]
+    for request, sink in zip(asked, sinks, strict=True):
+        if sink not in slow:
+            world.agrees(*request, sink.wait())
+    until = time.monotonic() + 30
+    while any(not sink.ended.is_set() for sink in slow):
+        assert time.monotonic() < until
+        for sink in slow:
+            if sink.room == 0:
+                sink.room = 5
+                runtime.wake()
+        time.sleep(0.001)
+    for request, sink in zip(asked, sinks, strict=True):
+        assert len(sink.wait()) == NEW_TOKENS
+        world.agrees(*request, sink.tokens)
+    settled(runtime)
 
 
 def test_references_run_where_asked_and_nowhere_else(

@@ -31,12 +31,13 @@ NEW_TOKENS = 24
 
 
 class Sink:
-    """A reader that waits for the end and may lose interest after some tokens."""
+    """A reader that waits for the end, may lose interest after some tokens, and takes at most
+    `room` more."""
 
-    def __init__(self, cancel_after: int | None = None) -> None:
+    def __init__(self, cancel_after: int | None = None, room: int = 1 << 30) -> None:
         self.cancel_after = cancel_after
         self.cancelled = cancel_after == 0
-        self.room = 1 << 30
+        self.room = room
         self.cached = 0
         self.tokens: list[int] = []
         self.ended = threading.Event()
@@ -46,6 +47,8 @@ class Sink:
         self.cached = cached_tokens
 
     def put(self, token_id: int) -> None:
+        assert self.room > 0
+        self.room -= 1
         self.tokens.append(token_id)
         if self.cancel_after is not None and len(self.tokens) >= self.cancel_after:
             self.cancelled = True
