@@ -141,6 +141,8 @@ def _peers(results: Path, serving: Record | None) -> str:
             notes.append(f"{peer['name']} gave other answers, so its speed is not compared.")
         else:
             table.append(_engine_row(f"{peer['name']} {peer['version']}", peer["runs"], loads))
+            if peer["stopped"]:
+                notes.append(f"{peer['name']}: {peer['stopped']}.")
     words = (
         "All in one run, on the same checkpoint, distinct pictures and the same prompts, median "
         f"times as the caller sees them ({_source(results, 'serving.json')}). Answers were "

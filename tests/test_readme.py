@@ -85,16 +85,22 @@ def test_peers_are_in_the_readme_as_far_as_they_agree(tmp_path) -> None:
 
     def peer(name: str, different: int, **more: object) -> dict[str, object]:
         outputs = {"compared": 2, "identical": 0, "near_ties": 0, "different": different}
-        runs = {"version": "1.0", "outputs": outputs, "runs": [run(1, 321.0)]}
+        runs = {"version": "1.0", "stopped": None, "outputs": outputs, "runs": [run(1, 321.0)]}
         return {"name": name, "missing": None, **runs, **more}
 
-    peers = [peer("alpha", 0), peer("beta", 1), {"name": "gamma", "missing": "not installed"}]
+    stopped = "8 at once failed with OutOfMemoryError: no room"
+    peers = [
+        peer("alpha", 0, stopped=stopped),
+        peer("beta", 1),
+        {"name": "gamma", "missing": "not installed"},
+    ]
     record = {"commit": "0123456789", "runs": [run(1, 205.4), run(8, 1100.2)], "peers": peers}
     (tmp_path / "serving.json").write_text(json.dumps(record))
     text = readme.section(tmp_path)
     assert "| llava-engine | 205, 17 ms, 4.62 ms | 1100, 17 ms, 4.62 ms |" in text
     assert "| alpha 1.0 | 321, 17 ms, 4.62 ms |  |" in text
     assert "| beta" not in text and "beta gave other answers" in text
+    assert f"alpha: {stopped}." in text
     assert "gamma was not measured: not installed." in text
     assert "nothing is claimed" not in text
     drawn = ElementTree.fromstring(readme.plot(tmp_path))

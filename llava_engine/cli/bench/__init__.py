@@ -82,14 +82,14 @@ def measure(args: argparse.Namespace, started: float | None = None) -> dict[str,
         raise BadInput("--new-tokens must be at least 1, --requests not below 0")
     folder = None if args.images is None else files(args.images)
     with ExitStack() as stack:
-        model = _model(args, stack)
+        model, aside = _model(args, stack)
         record: dict[str, Any] = {
             "what": "llava-engine bench",
             "command": shlex.join(["llava-engine", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "model": args.model,
             "weights": "random" if args.random_weights else "checkpoint",
-            **cold_start(model, started),
+            **cold_start(model, started, aside),
             "where": where(model),
         }
         work = _workload(args, model)
@@ -177,7 +177,8 @@ def _trace(args: argparse.Namespace, work: Workload) -> None:
     trace(args.trace, lambda: closed_loop(ask, _TRACED, at_once)[0])
 
 
-def _model(args: argparse.Namespace, stack: ExitStack) -> llava_engine.VisionModel:
+def _model(args: argparse.Namespace, stack: ExitStack) -> tuple[llava_engine.VisionModel, float]:
+    """The model, and the seconds that writing random weights took, which no cold start has."""
     config = engine_config(args)
     if args.trace is not None:
         config = dataclasses.replace(config, nvtx=True)
@@ -188,14 +189,15 @@ def _model(args: argparse.Namespace, stack: ExitStack) -> llava_engine.VisionMod
             raise BadInput(str(error)) from error
     model = llava_engine.get(args.model, config)
     if not args.random_weights:
-        return model
+        return model, 0.0
+    began = time.monotonic()
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llava-engine-")))
     write_random_checkpoint(model.info, directory, args.seed)
     name = f"{model.info.registry_key} (random weights)"
     info = dataclasses.replace(
         model.info, registry_key=name, repo_id=None, revision="main", directory=directory
     )
-    return llava_engine.VisionModel(info, config)
+    return llava_engine.VisionModel(info, config), time.monotonic() - began
 
 
 def _workload(args: argparse.Namespace, model: llava_engine.VisionModel) -> Workload:
@@ -293,7 +295,9 @@ def _verdict(peer: dict[str, Any]) -> str:
         f"of {outputs['compared']} answers {outputs['identical']} are ours to the token, "
         f"{outputs['near_ties']} part at a near tie, {outputs['different']} differ"
     )
-    return counts if agree(peer) else f"{counts}: its speed is not comparable"
+    if not agree(peer):
+        counts += ": its speed is not comparable"
+    return f"{counts}; {peer['stopped']}" if peer["stopped"] else counts
 
 
 def _read_ops(path: Path) -> dict[str, Any]:

@@ -11,15 +11,19 @@ import llava_engine
 from llava_engine.cli.bench.workload import QUESTION, ask
 
 
-def cold_start(model: llava_engine.VisionModel, started: float | None) -> dict[str, Any]:
+def cold_start(
+    model: llava_engine.VisionModel, started: float | None, aside: float
+) -> dict[str, Any]:
     """Ask the first request of this process for one token.
 
-    started: what `age` was before the package's own work, if it is known. The stages are in
-    seconds; first_token_at is of time.monotonic(), for who knows when it started this process.
+    started: what `age` was before the package's own work, if it is known. aside: seconds since
+    then that were spent on something else, and do not count. The stages are in seconds;
+    first_token_at is of time.monotonic(), for who knows when it started this process.
     """
     from llava_engine.demo import picture_path
 
     now, asked = age(), time.monotonic()
+    now = None if now is None else now - aside
     with ask(model, str(picture_path()), QUESTION, 1) as stream:
         stream.text()
     first = stream.timings.first_token

@@ -58,11 +58,12 @@ def measure_peers(
             if short == "compiled":
                 run([_first(plan)], plan.new_tokens)  # records what the first one compiled
             found[short] |= {"version": version, "warm_up_s": round(clock() - began, 3)}
-            runs, answers[short] = _runs(run, plan, most)
+            runs, answers[short], stopped = _runs(run, plan, most)
         except Exception as error:  # a stranger's code: its failure is its own, and is told
-            found[short]["missing"] = f"failed with {type(error).__name__}: {_line(error)}"
+            found[short]["missing"] = f"failed with {_told(error)}"
             return
         found[short]["runs"] = [{"backend": NAMES[short], **figures} for figures in runs]
+        found[short]["stopped"] = stopped
 
     if "vllm" in wanted:
         try:
@@ -99,8 +100,11 @@ def agree(peer: dict[str, Any]) -> bool:
 
 def _runs(
     run: peers.Run, plan: Plan, most: int | None
-) -> tuple[list[dict[str, Any]], peers.Answers]:
-    """The figures at each level, up to `most` at once, and what was answered."""
+) -> tuple[list[dict[str, Any]], peers.Answers, str | None]:
+    """The figures at each level, up to `most` at once, what was answered, and what ended it early.
+
+    Raises what the first level fails with.
+    """
     figures: list[dict[str, Any]] = []
     answers: peers.Answers = {}
     for concurrency, numbers in plan.levels.items():
@@ -112,18 +116,25 @@ def _runs(
             batches = [list(numbers[:concurrency])]
         records: list[Record] = []
         began = clock()
-        for batch in batches:
-            records += run(batch, plan.new_tokens)
+        try:
+            for batch in batches:
+                records += run(batch, plan.new_tokens)
+        except Exception as error:  # too large a batch, as a rule
+            if not figures:
+                raise
+            return figures, answers, f"{concurrency} at once failed with {_told(error)}"
         seconds = clock() - began
         mode = "one by one" if concurrency == 1 else "one batch"
         summary = summarize(records, seconds)
         figures.append({"mode": mode, "max_concurrency": concurrency, **summary})
         answers |= {record.number: record.token_ids for record in records}
-    return figures, answers
+    return figures, answers, None
 
 
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")[:200]
+def _told(error: Exception) -> str:
+    """An error in a line."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line[:200]}"
 
 
 def _first(plan: Plan) -> int:

@@ -270,6 +270,8 @@ def _peers(peers: Sequence[Record]) -> str:
         )
         if not agree(peer):
             verdict += ": not compared, its speed is in the table alone"
+        if peer["stopped"]:
+            verdict += f"; {peer['stopped']}"
         body.append([peer["name"], peer["version"], verdict])
     return _figure(
         "Peers, on the same checkpoint, pictures and prompts",

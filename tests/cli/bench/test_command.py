@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import time
@@ -12,6 +13,7 @@ from PIL import Image
 from support.bench_command import command
 
 from llava_engine import cli
+from llava_engine.cli.bench import measure
 from llava_engine.cli.bench.workload import noise
 
 
@@ -90,6 +92,25 @@ def test_splits_the_cold_start():
     assert began < record["first_token_at"] < began + took
     assert record["runs"][0]["completed"] == 1
     assert record["where"]["devices"] == ["cpu"]
+
+
+def test_writing_random_weights_is_no_part_of_a_cold_start(monkeypatch):
+    """Of a process whose checkpoint took three seconds to write, as it seems."""
+    write = "llava_engine.cli.bench.write_random_checkpoint"
+    original = importlib.import_module("llava_engine.cli.bench").write_random_checkpoint
+
+    def slow(*arguments):
+        time.sleep(3)
+        original(*arguments)
+
+    monkeypatch.setattr(write, slow)
+    began = time.monotonic()
+    age = "llava_engine.cli.bench.cold_start.age"
+    monkeypatch.setattr(age, lambda: time.monotonic() - began)
+    options = ["bench", "--device", "cpu", "--requests", "0", "--random-weights"]
+    split = measure(cli._parser().parse_args(options), 0.0)["cold_start_s"]
+    assert split["package"] < 2
+    assert split["in all"] <= time.monotonic() - began - 3
 
 
 def test_no_requests_is_the_cold_start_alone():

@@ -175,6 +175,22 @@ def test_a_peer_that_fails_is_said_to(setting, answers, monkeypatch):
     assert "runs" not in found
 
 
+def test_a_peer_that_fails_at_a_batch_keeps_what_it_did_before(setting, answers, monkeypatch):
+    original = peers.Transformers.eager
+
+    def small(self, numbers, new_tokens, **options):
+        if len(numbers) > 1:
+            raise MemoryError("no room")
+        return original(self, numbers, new_tokens, **options)
+
+    monkeypatch.setattr(peers.Transformers, "eager", small)
+    plan = comparison.Plan({1: [0, 1], 2: [0, 1], 3: [0, 1, 2]}, NEW_TOKENS, answers)
+    (found,) = comparison.measure_peers(["eager"], setting, plan)
+    assert found["missing"] is None and comparison.agree(found)
+    assert [run["max_concurrency"] for run in found["runs"]] == [1]
+    assert found["stopped"] == "2 at once failed with MemoryError: no room"
+
+
 def test_speed_is_not_compared_where_answers_differ(setting, answers):
     wrong = {number: [(token + 1) % 768 for token in answer] for number, answer in answers.items()}
     plan = comparison.Plan({1: [0, 1]}, NEW_TOKENS, wrong)
