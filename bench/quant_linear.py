@@ -34,7 +34,6 @@ from bench.kernels import (
 )
 from llava_engine.kernels.library import programmatic_launch, require_kernels
 from llava_engine.kernels.quant_linear import (
-    FORMATS,
     QuantMatrix,
     dequantize_rows,
     quant_linear_add,
@@ -42,6 +41,7 @@ from llava_engine.kernels.quant_linear import (
     quant_norm_qkv_rope_append,
 )
 
+FORMATS = ("int8", "fp8", "nf4")
 ROTATED_BYTES = 1 << 31
 TILE_BYTES = 32 << 20  # of dequantised rows, as csrc/decoder.cpp has them
 
@@ -67,7 +67,6 @@ PRODUCTS = (
 def random_matrix(kind: str, product: Product) -> QuantMatrix:
     """Random bits where every pattern is a number, small scales."""
     outputs, inputs = product.outputs, product.inputs
-    index = FORMATS.index(kind)
 
     def bits(*shape: int) -> torch.Tensor:
         return torch.randint(256, shape, device=DEVICE, dtype=torch.uint8)
@@ -78,13 +77,13 @@ def random_matrix(kind: str, product: Product) -> QuantMatrix:
         steps = bits(outputs // 16, inputs // 128 * 1056)
         packed = torch.cat((head.view(torch.uint8), steps), dim=1)
         code = torch.linspace(-1, 1, 256, device=DEVICE)
-        return QuantMatrix(index, packed, code, outputs, inputs, product.apart)
+        return QuantMatrix(packed, code, outputs, inputs, product.apart)
     scales = torch.full((outputs,), 1e-3, device=DEVICE)
     values = bits(outputs, inputs)
     if kind == "int8":
-        return QuantMatrix(index, values.view(torch.int8), scales, outputs, inputs, product.apart)
+        return QuantMatrix(values.view(torch.int8), scales, outputs, inputs, product.apart)
     finite = (values & 0xBF).view(torch.float8_e4m3fn)
-    return QuantMatrix(index, finite, scales, outputs, inputs, product.apart)
+    return QuantMatrix(finite, scales, outputs, inputs, product.apart)
 
 
 def caller(product: Product, rows: int) -> Callable[[QuantMatrix], Call]:

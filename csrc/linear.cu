@@ -119,7 +119,7 @@ __global__ __launch_bounds__(kThreads, 4) void product_kernel(Product<T> product
   }
   __shared__ float squares[kConsumers];
   load_rows<kConsumers>(product.x, product.gain, product.eps, product.tokens, product.inputs,
-                        layout.x_stride, x, squares);
+                        layout.x_stride, x, squares, [] {});
 
   // Lane 4 * g + t has inputs 8 * t of token g and of row g. An mma pairs inputs by their place in a
   // fragment, so any order serves that is the same for both.
@@ -288,7 +288,7 @@ void norm_qkv_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Te
   STD_TORCH_CHECK(qkv.size(0) == outputs, "qkv does not fit q and the caches");
   run(x, &norm_weight, eps, qkv, outputs / 2, [&](auto zero) {
     return rotate_and_append<decltype(zero)>(sizes, q, k_cache, v_cache, cos_sin, positions,
-                                             slot_mapping, 0);
+                                             slot_mapping);
   });
 }
 

@@ -138,18 +138,17 @@ inline RopeSizes check_rope(const Tensor& q, const Tensor& k_cache, const Tensor
   return sizes;
 }
 
-// The epilogue for the rows from `start` on.
 template <typename T>
 RotateAndAppend<T> rotate_and_append(const RopeSizes& sizes, const Tensor& q,
                                      const Tensor& k_cache, const Tensor& v_cache,
                                      const Tensor& cos_sin, const Tensor& positions,
-                                     const Tensor& slot_mapping, int64_t start) {
-  return {data<T>(q) + start * sizes.q_heads * sizes.dim,
+                                     const Tensor& slot_mapping) {
+  return {data<T>(q),
           data<T>(k_cache),
           data<T>(v_cache),
           data<float>(cos_sin),
-          data<int64_t>(positions) + start,
-          data<int64_t>(slot_mapping) + start,
+          data<int64_t>(positions),
+          data<int64_t>(slot_mapping),
           static_cast<int>(sizes.q_heads),
           static_cast<int>(sizes.kv_heads),
           static_cast<int>(sizes.dim / 2),

@@ -1,5 +1,5 @@
-// The few rows that linear.cu and quant_linear.cuh multiply, brought into shared memory by the warps
-// that will.
+// The few rows that linear.cu and quant_linear.cuh multiply, brought into shared memory by the
+// warps that will.
 #pragma once
 
 #include "common.cuh"
@@ -14,15 +14,18 @@ __device__ inline void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kWarps * kWarp) : "memory");
 }
 
-// Waits for the predecessor; then x [tokens, inputs], or its RMSNorm where there is a gain, into rows
-// that are `stride` elements apart. x is read past L1, since the predecessor wrote it while this block
-// was here already. kWarps warps do it, in teams of which each has a token at a time; a thread rereads
-// only what it wrote, until the barrier at the end. `squares` is room for kWarps sums.
-template <int kWarps, typename T>
+// Waits for the predecessor; then x [tokens, inputs], or its RMSNorm where there is a gain, into
+// rows that are `stride` elements apart. x is read past L1, since the predecessor wrote it while
+// this block was here already. kWarps warps do it, in teams of which each has a token at a time; a
+// thread rereads only what it wrote, until the barrier at the end. `squares` is room for kWarps
+// sums; `meanwhile` is done while the first loads are on their way.
+template <int kWarps, typename T, typename F>
 __device__ void load_rows(const T* x, const T* gain, float eps, int tokens, int inputs, int stride,
-                          T* rows, float* squares) {
+                          T* rows, float* squares, F&& meanwhile) {
   const int vectors = inputs / kVector;
-  const int teams = tokens >= kWarps ? kWarps : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
+  constexpr int kMost = kWarps % 8 == 0 ? 8 : 4;
+  static_assert(kWarps % kMost == 0);
+  const int teams = tokens >= kMost ? kMost : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
   const int members = kWarps * kWarp / teams;
   const int team = threadIdx.x / members, member = threadIdx.x % members;
   const bool norm = gain != nullptr;
@@ -35,6 +38,7 @@ __device__ void load_rows(const T* x, const T* gain, float eps, int tokens, int 
     }
   }
   wait_for_predecessor();
+  bool idle = true;
   for (int round = 0; round < tokens; round += teams) {
     const int token = round + team;
     const bool there = token < tokens;
@@ -49,6 +53,8 @@ __device__ void load_rows(const T* x, const T* gain, float eps, int tokens, int 
           const int v = base + i * members;
           if (v < vectors) words[i] = __ldcg(from + v);
         }
+        if (idle) meanwhile();
+        idle = false;
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
           const int v = base + i * members;
@@ -62,6 +68,8 @@ __device__ void load_rows(const T* x, const T* gain, float eps, int tokens, int 
         }
       }
     }
+    if (idle) meanwhile();
+    idle = false;
     if (!norm) continue;
     sum = warp_sum(sum);
     if (threadIdx.x % kWarp == 0) squares[threadIdx.x / kWarp] = sum;

@@ -35,17 +35,15 @@ void norm_qkv_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Te
                           Tensor slot_mapping);
 
 // quant_linear.cu
-void quant_linear_add(Tensor residual, Tensor x, int64_t format, Tensor weight, Tensor scales);
+void quant_linear_add(Tensor residual, Tensor x, Tensor weight, Tensor scales);
 void quant_norm_linear_silu_mul(Tensor out, Tensor x, Tensor norm_weight, double eps,
-                                int64_t format, Tensor gate_up, Tensor scales);
+                                Tensor gate_up, Tensor scales);
 void quant_norm_qkv_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x,
-                                Tensor norm_weight, double eps, int64_t format, Tensor qkv,
-                                Tensor scales, Tensor cos_sin, Tensor positions,
-                                Tensor slot_mapping);
+                                Tensor norm_weight, double eps, Tensor qkv, Tensor scales,
+                                Tensor cos_sin, Tensor positions, Tensor slot_mapping);
 
 // dequantize.cu
-void dequantize_rows(Tensor out, int64_t format, Tensor weight, Tensor scales, int64_t apart,
-                     int64_t first_row);
+void dequantize_rows(Tensor out, Tensor weight, Tensor scales, int64_t apart, int64_t first_row);
 
 // matmul.cu
 bool matmul_takes(const Tensor& x, const Tensor& weight);  // no op: whether the ones below do
@@ -62,10 +60,10 @@ void matmul_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Tens
 // decoder.cpp
 void decoder_layers(Tensor out, Tensor residual, std::vector<Tensor> k_caches,
                     std::vector<Tensor> v_caches, std::vector<Tensor> weights,
-                    std::vector<Tensor> fp8, Tensor final_norm, Tensor cos_sin, Tensor positions,
-                    Tensor slot_mapping, Tensor block_table, Tensor query_start,
-                    Tensor context_lens, std::optional<Tensor> wanted, Tensor workspace,
-                    int64_t max_query_len, double scale, double eps);
+                    std::vector<Tensor> scales, std::vector<Tensor> fp8, Tensor final_norm,
+                    Tensor cos_sin, Tensor positions, Tensor slot_mapping, Tensor block_table,
+                    Tensor query_start, Tensor context_lens, std::optional<Tensor> wanted,
+                    Tensor workspace, int64_t max_query_len, double scale, double eps);
 
 // activation.cu
 void silu_mul(Tensor out, Tensor gate_up);

@@ -5,14 +5,28 @@
 
 namespace llava_engine {
 
-// The order of kernels/quant_linear.py.
-enum Format { kInt8, kFp8, kNf4, kFormats };
+enum Format { kInt8, kFp8, kNf4 };
+
+// f(format) with the format, which the weight's type says, as a constant.
+template <typename F>
+void by_format(const Tensor& weight, F&& f) {
+  switch (weight.scalar_type()) {
+    case ScalarType::Char:
+      return f(std::integral_constant<Format, kInt8>{});
+    case ScalarType::Float8_e4m3fn:
+      return f(std::integral_constant<Format, kFp8>{});
+    case ScalarType::Byte:
+      return f(std::integral_constant<Format, kNf4>{});
+    default:
+      STD_TORCH_CHECK(false, "quantised weights are int8, float8_e4m3fn or packed in uint8");
+  }
+}
 
 // A unit of work is 16 weight rows, 8 pairs. In NF4 a unit is one run of bytes: for every pair both
 // rows' {group scale, next group's, offset, scales that precede the row's in its group}, 4 floats;
-// then for every 128 inputs 1024 bytes of indices, in which each lane of a warp has 16 for 64 inputs,
-// 8 of a pair's first row and 8 of its second, and 32 of the blocks' scales: 4 for every pair, of
-// both rows for 64 inputs and for the next 64.
+// then for every 128 inputs 1024 bytes of indices, in which each lane of a warp has 16 for 64
+// inputs, 8 of a pair's first row and 8 of its second, and 32 of the blocks' scales: 4 for every
+// pair, of both rows for 64 inputs and for the next 64.
 constexpr float kInt8Step = 7.874015718698502e-3f;  // 1 / 127, as bitsandbytes has it
 constexpr int kUnitRows = 16, kUnitPairs = kUnitRows / 2;
 constexpr int kBlock = 64;       // weights that share a scale
@@ -50,28 +64,57 @@ struct QuantProduct {
   const uint8_t* weight;  // [outputs, inputs], or packed units
   const float* scales;    // of the rows [outputs]: int8's 127 times; or NF4's of scales [256]
   int tokens, inputs, units;
-  bool again;               // the same weights come once more
-  int piece, span;          // of inputs: in a slot of the ring; of x in shared memory at a time
+  bool again = false;  // the same weights come once more
+  // What a launch chooses, of inputs: in a slot of the ring; of x in shared memory at a time.
+  int piece = 0, span = 0;
 };
 
-constexpr int kQuantTokens = 16;  // of one launch
+constexpr int kTileTokens = 8;  // the n of an mma, of which a launch has up to two
 
-// Launches the kernel on x's device; fills in piece and span.
-template <Format kFormat, typename T, typename Epilogue>
-void launch_quant(const Tensor& x, QuantProduct<T> product, const Epilogue& epilogue);
+// The epilogue for the rows of x from a given one on.
+template <typename T>
+struct AddToResidualRows {
+  T* residual;
+  int outputs;
+  AddToResidual<T> operator()(int start) const {
+    return {residual + static_cast<int64_t>(start) * outputs, outputs};
+  }
+};
 
-#define LLAVA_ENGINE_QUANT_LINEAR(format)                                                        \
-  template void launch_quant<format>(const Tensor&, QuantProduct<__half>,                        \
-                                     const AddToResidual<__half>&);                              \
-  template void launch_quant<format>(const Tensor&, QuantProduct<__half>,                        \
-                                     const SiluMul<__half>&);                                    \
-  template void launch_quant<format>(const Tensor&, QuantProduct<__half>,                        \
-                                     const RotateAndAppend<__half>&);                            \
-  template void launch_quant<format>(const Tensor&, QuantProduct<__nv_bfloat16>,                 \
-                                     const AddToResidual<__nv_bfloat16>&);                       \
-  template void launch_quant<format>(const Tensor&, QuantProduct<__nv_bfloat16>,                 \
-                                     const SiluMul<__nv_bfloat16>&);                             \
-  template void launch_quant<format>(const Tensor&, QuantProduct<__nv_bfloat16>,                 \
-                                     const RotateAndAppend<__nv_bfloat16>&)
+template <typename T>
+struct SiluMulRows {
+  T* out;
+  int wide;
+  SiluMul<T> operator()(int start) const {
+    return {out + static_cast<int64_t>(start) * wide, wide};
+  }
+};
+
+template <typename T>
+struct RotateAndAppendRows {
+  RotateAndAppend<T> first;
+  RotateAndAppend<T> operator()(int start) const {
+    RotateAndAppend<T> made = first;
+    made.q += static_cast<int64_t>(start) * first.q_heads * 2 * first.half;
+    made.positions += start;
+    made.slots += start;
+    return made;
+  }
+};
+
+// Launches kernels on x's device, each for as many rows as there is room for.
+template <Format kFormat, typename T, typename F>
+void launch_quant(const Tensor& x, QuantProduct<T> product, const F& epilogue_of);
+
+#define LLAVA_ENGINE_QUANT_LINEAR_OF(format, type)                             \
+  template void launch_quant<format>(const Tensor&, QuantProduct<type>,        \
+                                     const AddToResidualRows<type>&);          \
+  template void launch_quant<format>(const Tensor&, QuantProduct<type>,        \
+                                     const SiluMulRows<type>&);                \
+  template void launch_quant<format>(const Tensor&, QuantProduct<type>,        \
+                                     const RotateAndAppendRows<type>&)
+#define LLAVA_ENGINE_QUANT_LINEAR(format)         \
+  LLAVA_ENGINE_QUANT_LINEAR_OF(format, __half);   \
+  LLAVA_ENGINE_QUANT_LINEAR_OF(format, __nv_bfloat16)
 
 }  // namespace llava_engine

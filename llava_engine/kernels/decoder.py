@@ -11,6 +11,7 @@ from llava_engine.kernels.fp8 import FP8, quantize_rows
 from llava_engine.kernels.library import define
 from llava_engine.kernels.matmul import matmul_add, matmul_rope_append, matmul_silu_mul
 from llava_engine.kernels.norm import rms_norm
+from llava_engine.kernels.quant_linear import QuantMatrix, dequantize_rows, outputs_of
 
 PARTS = 6
 """Tensors of a layer among `weights`: the norm before attention, QKV, output, the norm behind it,
@@ -25,6 +26,7 @@ def decoder_layers(
     k_caches: Sequence[torch.Tensor],
     v_caches: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
     fp8: Sequence[torch.Tensor],
     final_norm: torch.Tensor,
     cos_sin: torch.Tensor,
@@ -45,9 +47,11 @@ def decoder_layers(
     int64 [R], after the final norm; or all, with None. Of the others the last layer only makes keys
     and values.
     k_caches, v_caches: a layer's each. weights: PARTS tensors of each layer, matrices without
-    biases; the activation is SiLU. fp8: of each layer's four matrices the values and scales of
-    quant.fp8, which serve from 128 rows on, or nothing. The rest is as in rope_append (positions to
-    slot_mapping) and paged_attention (block_table to scale).
+    biases; the activation is SiLU. A quantised matrix is QuantMatrix.weight; scales: of each
+    layer's four matrices QuantMatrix.scales, anything for one that is not quantised, or nothing if
+    none is. fp8: of each layer's four matrices the values and scales of quant.fp8, which serve from
+    128 rows on, or nothing. The rest is as in rope_append (positions to slot_mapping) and
+    paged_attention (block_table to scale).
     """
     _decoder_layers(
         out,
@@ -55,6 +59,7 @@ def decoder_layers(
         k_caches,
         v_caches,
         weights,
+        scales,
         fp8,
         final_norm,
         cos_sin,
@@ -77,6 +82,7 @@ def _decoder_layers_reference(
     k_caches: Sequence[torch.Tensor],
     v_caches: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
     fp8: Sequence[torch.Tensor],
     final_norm: torch.Tensor,
     cos_sin: torch.Tensor,
@@ -96,24 +102,28 @@ def _decoder_layers_reference(
     x = torch.empty_like(residual)
 
     def product(
-        layer: int, index: int, matrix: torch.Tensor, rows_of: torch.Tensor
+        layer: int, index: int, matrix: torch.Tensor, rows_of: torch.Tensor, apart: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Input and weight of a product, and the scales of both."""
+        place = 4 * layer + index
         if not in_fp8:
+            if matrix.dtype.itemsize == 1:
+                of = QuantMatrix.stored(matrix, scales[place], rows_of.shape[1], apart)
+                matrix = rows_of.new_empty(of.outputs, of.inputs)
+                dequantize_rows(matrix, of)
             return rows_of, matrix, None, None
         values = torch.empty_like(rows_of, dtype=FP8)
-        scales = torch.empty(rows, dtype=torch.float32, device=rows_of.device)
-        quantize_rows(values, scales, rows_of)
-        place = 2 * (4 * layer + index)
-        return values, fp8[place], scales, fp8[place + 1]
+        row_scales = torch.empty(rows, dtype=torch.float32, device=rows_of.device)
+        quantize_rows(values, row_scales, rows_of)
+        return values, fp8[2 * place], row_scales, fp8[2 * place + 1]
 
     for layer, (k_cache, v_cache) in enumerate(zip(k_caches, v_caches, strict=True)):
         input_norm, qkv, output, post_norm, gate_up, down = weights[
             PARTS * layer : PARTS * (layer + 1)
         ]
         rms_norm(x, residual, input_norm, eps)
-        q = x.new_empty(rows, output.shape[1] // dim, dim)
-        values, weight, x_scales, weight_scales = product(layer, 0, qkv, x)
+        values, weight, x_scales, weight_scales = product(layer, 0, qkv, x, dim // 2)
+        q = x.new_empty(rows, len(weight) // dim - 2 * k_cache.shape[1], dim)
         matmul_rope_append(
             q,
             k_cache,
@@ -139,21 +149,23 @@ def _decoder_layers_reference(
             max_query_len,
             scale,
         )
-        values, weight, *scales = product(layer, 1, output, attended.view(rows, -1))
-        matmul_add(residual, values, weight, None, *scales)
+        values, weight, *of_both = product(layer, 1, output, attended.view(rows, -1), 1)
+        matmul_add(residual, values, weight, None, *of_both)
         rms_norm(x, residual, post_norm, eps)
-        values, weight, *scales = product(layer, 2, gate_up, x)
-        activated = x.new_empty(rows, len(gate_up) // 2)
-        matmul_silu_mul(activated, values, weight, *scales)
-        values, weight, *scales = product(layer, 3, down, activated)
-        matmul_add(residual, values, weight, None, *scales)
+        wide = outputs_of(gate_up) // 2
+        values, weight, *of_both = product(layer, 2, gate_up, x, wide)
+        activated = x.new_empty(rows, wide)
+        matmul_silu_mul(activated, values, weight, *of_both)
+        values, weight, *of_both = product(layer, 3, down, activated, 1)
+        matmul_add(residual, values, weight, None, *of_both)
     rms_norm(out, residual if wanted is None else residual[wanted], final_norm, eps)
 
 
 _decoder_layers = define(
     "decoder_layers(Tensor(a!) out, Tensor(b!) residual, Tensor(c!)[] k_caches, "
-    "Tensor(d!)[] v_caches, Tensor[] weights, Tensor[] fp8, Tensor final_norm, Tensor cos_sin, "
-    "Tensor positions, Tensor slot_mapping, Tensor block_table, Tensor query_start, "
-    "Tensor context_lens, Tensor? wanted, Tensor workspace, int max_query_len, float scale, float eps) -> ()",
+    "Tensor(d!)[] v_caches, Tensor[] weights, Tensor[] scales, Tensor[] fp8, Tensor final_norm, "
+    "Tensor cos_sin, Tensor positions, Tensor slot_mapping, Tensor block_table, "
+    "Tensor query_start, Tensor context_lens, Tensor? wanted, Tensor workspace, "
+    "int max_query_len, float scale, float eps) -> ()",
     _decoder_layers_reference,
 )

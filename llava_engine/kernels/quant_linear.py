@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from llava_engine.kernels.fp8 import FP8
 from llava_engine.kernels.library import define
 from llava_engine.kernels.linear import linear_add, norm_linear_silu_mul, norm_qkv_rope_append
 from llava_engine.quant import QuantisedWeight
@@ -19,14 +20,11 @@ from llava_engine.quant.fp8 import Fp8Weight
 from llava_engine.quant.int8 import Int8Weight
 from llava_engine.quant.nf4 import BLOCK, GROUP, Nf4Weight
 
-FORMATS = ("int8", "fp8", "nf4")
-"""In the order of the kernels' numbers (csrc/quant_linear.h)."""
-
 UNIT_ROWS = 16
 """Outputs are a multiple of it."""
 _STEP = 2 * BLOCK  # inputs that an NF4 unit's bytes come in
 _HEAD_BYTES, _CODE_BYTES, _STEP_BYTES = 16 * UNIT_ROWS, 64 * UNIT_ROWS, 66 * UNIT_ROWS
-_MOST_ROWS = 64  # four reads of the weights, which are still faster than products in 16 bits
+_MOST_ROWS = 32  # two reads of the weights; for more, products in 16 bits are the faster ones
 _SINCE = 9  # Hopper
 
 
@@ -34,13 +32,12 @@ _SINCE = 9  # Hopper
 class QuantMatrix:
     """A matrix [outputs, inputs] as the kernels take it.
 
-    format: of FORMATS. weight: int8 or float8_e4m3fn [outputs, inputs], or pack_nf4's. scales:
+    weight: int8 or float8_e4m3fn [outputs, inputs], or pack_nf4's; its type is the format. scales:
     float32, of int8 the rows' largest absolute values [outputs], of fp8 the rows' factors
     [outputs], of nf4 what the blocks' 8-bit scales stand for [256]. apart: as for pack_nf4; no
     other format depends on it.
     """
 
-    format: int
     weight: torch.Tensor
     scales: torch.Tensor
     outputs: int
@@ -50,7 +47,6 @@ class QuantMatrix:
     @classmethod
     def of(cls, weight: QuantisedWeight, apart: int = 1) -> QuantMatrix:
         """What the kernels take of a weight that `most_rows` says they take."""
-        kernel_format = FORMATS.index(weight.FORMAT)
         if isinstance(weight, Nf4Weight):
             packed = pack_nf4(weight.codes, weight.absmax, weight.scales2, apart)
             tensors = packed, weight.code2
@@ -58,7 +54,19 @@ class QuantMatrix:
             tensors = weight.values, weight.scb
         else:
             tensors = weight.values, weight.scales
-        return cls(kernel_format, *tensors, weight.outputs, weight.inputs, apart)
+        return cls(*tensors, weight.outputs, weight.inputs, apart)
+
+    @classmethod
+    def stored(
+        cls, weight: torch.Tensor, scales: torch.Tensor, inputs: int, apart: int
+    ) -> QuantMatrix:
+        """The matrix whose tensors these are."""
+        return cls(weight, scales, outputs_of(weight), inputs, apart)
+
+
+def outputs_of(weight: torch.Tensor) -> int:
+    """Rows of QuantMatrix.weight, or of a matrix that is not quantised."""
+    return len(weight) * (UNIT_ROWS if weight.dtype == torch.uint8 else 1)
 
 
 def most_rows(outputs: int, inputs: int, device: torch.device) -> int:
@@ -127,7 +135,7 @@ def dequantize_rows(out: torch.Tensor, matrix: QuantMatrix, first_row: int = 0) 
 
     out: [rows, inputs], float16 or bfloat16 (by the reference float32, too).
     """
-    _dequantize_rows(out, matrix.format, matrix.weight, matrix.scales, matrix.apart, first_row)
+    _dequantize_rows(out, matrix.weight, matrix.scales, matrix.apart, first_row)
 
 
 def quant_linear_add(residual: torch.Tensor, x: torch.Tensor, matrix: QuantMatrix) -> None:
@@ -135,16 +143,14 @@ def quant_linear_add(residual: torch.Tensor, x: torch.Tensor, matrix: QuantMatri
 
     The weights are not rounded to 16 bits first, as they are in what defines it.
     """
-    _quant_linear_add(residual, x, matrix.format, matrix.weight, matrix.scales)
+    _quant_linear_add(residual, x, matrix.weight, matrix.scales)
 
 
 def quant_norm_linear_silu_mul(
     out: torch.Tensor, x: torch.Tensor, norm_weight: torch.Tensor, eps: float, gate_up: QuantMatrix
 ) -> None:
     """kernels.linear.norm_linear_silu_mul with a quantised matrix; see quant_linear_add."""
-    _quant_norm_linear_silu_mul(
-        out, x, norm_weight, eps, gate_up.format, gate_up.weight, gate_up.scales
-    )
+    _quant_norm_linear_silu_mul(out, x, norm_weight, eps, gate_up.weight, gate_up.scales)
 
 
 def quant_norm_qkv_rope_append(
@@ -167,7 +173,6 @@ def quant_norm_qkv_rope_append(
         x,
         norm_weight,
         eps,
-        qkv.format,
         qkv.weight,
         qkv.scales,
         cos_sin,
@@ -176,12 +181,10 @@ def quant_norm_qkv_rope_append(
     )
 
 
-def _weight(
-    kind: int, weight: torch.Tensor, scales: torch.Tensor, inputs: int, apart: int
-) -> QuantisedWeight:
-    if FORMATS[kind] == "int8":
+def _weight(weight: torch.Tensor, scales: torch.Tensor, inputs: int, apart: int) -> QuantisedWeight:
+    if weight.dtype == torch.int8:
         return Int8Weight(weight, scales)
-    if FORMATS[kind] == "fp8":
+    if weight.dtype == FP8:
         return Fp8Weight(weight, scales)
     codes, absmax, scales2 = unpack_nf4(weight, inputs, apart)
     return Nf4Weight(codes, absmax, scales, scales2)
@@ -189,20 +192,19 @@ def _weight(
 
 def _dequantize_rows_reference(
     out: torch.Tensor,
-    kind: int,
     weight: torch.Tensor,
     scales: torch.Tensor,
     apart: int,
     first_row: int,
 ) -> None:
-    matrix = _weight(kind, weight, scales, out.shape[1], apart).dequantize(out.dtype)
+    matrix = _weight(weight, scales, out.shape[1], apart).dequantize(out.dtype)
     out.copy_(matrix[first_row : first_row + len(out)])
 
 
 def _quant_linear_add_reference(
-    residual: torch.Tensor, x: torch.Tensor, kind: int, weight: torch.Tensor, scales: torch.Tensor
+    residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
 ) -> None:
-    matrix = _weight(kind, weight, scales, x.shape[1], 1)
+    matrix = _weight(weight, scales, x.shape[1], 1)
     linear_add(residual, x, matrix.dequantize(x.dtype))
 
 
@@ -211,11 +213,10 @@ def _quant_norm_linear_silu_mul_reference(
     x: torch.Tensor,
     norm_weight: torch.Tensor,
     eps: float,
-    kind: int,
     gate_up: torch.Tensor,
     scales: torch.Tensor,
 ) -> None:
-    matrix = _weight(kind, gate_up, scales, x.shape[1], out.shape[1]).dequantize(x.dtype)
+    matrix = _weight(gate_up, scales, x.shape[1], out.shape[1]).dequantize(x.dtype)
     norm_linear_silu_mul(out, x, norm_weight, eps, matrix)
 
 
@@ -226,37 +227,34 @@ def _quant_norm_qkv_rope_append_reference(
     x: torch.Tensor,
     norm_weight: torch.Tensor,
     eps: float,
-    kind: int,
     qkv: torch.Tensor,
     scales: torch.Tensor,
     cos_sin: torch.Tensor,
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> None:
-    matrix = _weight(kind, qkv, scales, x.shape[1], q.shape[2] // 2).dequantize(x.dtype)
+    matrix = _weight(qkv, scales, x.shape[1], q.shape[2] // 2).dequantize(x.dtype)
     norm_qkv_rope_append(
         q, k_cache, v_cache, x, norm_weight, eps, matrix, cos_sin, positions, slot_mapping
     )
 
 
 _dequantize_rows = define(
-    "dequantize_rows(Tensor(a!) out, int format, Tensor weight, Tensor scales, int apart, "
-    "int first_row) -> ()",
+    "dequantize_rows(Tensor(a!) out, Tensor weight, Tensor scales, int apart, int first_row) -> ()",
     _dequantize_rows_reference,
 )
 _quant_linear_add = define(
-    "quant_linear_add(Tensor(a!) residual, Tensor x, int format, Tensor weight, Tensor scales) "
-    "-> ()",
+    "quant_linear_add(Tensor(a!) residual, Tensor x, Tensor weight, Tensor scales) -> ()",
     _quant_linear_add_reference,
 )
 _quant_norm_linear_silu_mul = define(
     "quant_norm_linear_silu_mul(Tensor(a!) out, Tensor x, Tensor norm_weight, float eps, "
-    "int format, Tensor gate_up, Tensor scales) -> ()",
+    "Tensor gate_up, Tensor scales) -> ()",
     _quant_norm_linear_silu_mul_reference,
 )
 _quant_norm_qkv_rope_append = define(
     "quant_norm_qkv_rope_append(Tensor(a!) q, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor x, "
-    "Tensor norm_weight, float eps, int format, Tensor qkv, Tensor scales, Tensor cos_sin, "
+    "Tensor norm_weight, float eps, Tensor qkv, Tensor scales, Tensor cos_sin, "
     "Tensor positions, Tensor slot_mapping) -> ()",
     _quant_norm_qkv_rope_append_reference,
 )

@@ -148,6 +148,11 @@ class Linear:
             return self.matrix.weight.nbytes + self.matrix.scales.nbytes
         return 0 if self.quantised is None else self.quantised.nbytes
 
+    @property
+    def in_fp8(self) -> bool:
+        """Whether the weight is quantised to fp8, as kernels take it."""
+        return self.format == "fp8" and self.matrix is not None
+
     def quantize_for_prefill(self) -> None:
         """Make `fp8` of a weight that is whole or a matrix in fp8, unless it is there: captured
         graphs have its address."""

@@ -82,8 +82,16 @@ class LlamaDecoder:
         )
 
     @cached_property
-    def _weights(self) -> list[torch.Tensor]:
+    def _weights(self) -> list[torch.Tensor] | None:
+        """What decoder_layers takes, if the kernels take all that is quantised."""
+        if any(product.matrix is None for product, _ in self.quantised()):
+            return None
         return [tensor for layer in self._layers for tensor in layer.weights()]
+
+    @cached_property
+    def _scales(self) -> list[torch.Tensor]:
+        products = [product for layer in self._layers for product in layer.products]
+        return [_stored(product)[1] for product in products] if self._quantised else []
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids [T] to [T, hidden]."""
@@ -100,7 +108,7 @@ class LlamaDecoder:
         """embeds [T, hidden], which are overwritten, to [T, hidden] after the final norm, or of
         these the `wanted` rows, int64 [R]; fills the batch's cache slots."""
         residual = embeds
-        if self._plain and not self._quantised and batch.dense is None:
+        if self._plain and self._weights is not None and batch.dense is None:
             rows = len(residual) if wanted is None else len(wanted)
             out = residual.new_empty(rows, residual.shape[1])
             decoder_layers(
@@ -109,6 +117,7 @@ class LlamaDecoder:
                 k_caches,
                 v_caches,
                 self._weights,
+                self._scales,
                 self._fp8,
                 self.norm,
                 self._cos_sin,
@@ -150,6 +159,12 @@ class LlamaDecoder:
             layer.decode(embeds, batch, self._cos_sin, k_cache, v_cache)
         return embeds
 
+    def normalised(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The final norm of rows [R, hidden]."""
+        out = torch.empty_like(hidden)
+        rms_norm(out, hidden, self.norm, self._eps)
+        return out
+
     def quantised(self) -> Iterator[tuple[Linear, dict[str, int]]]:
         """The products that have a format, with the names and output sizes of their matrices."""
         for layer in self._layers:
@@ -158,12 +173,14 @@ class LlamaDecoder:
                     yield product, parts
 
     def quantize_for_prefill(self) -> None:
-        """Give every product of the layers an fp8 copy of its weight (`Linear.fp8`).
+        """Give every product of the layers its weight in fp8 (`Linear.fp8`).
 
         Raises UnsupportedModel where no kernel would use them.
         """
-        if self._quantised:
-            raise UnsupportedModel('prefill="fp8" is for models whose weights are not quantised')
+        if not all(product.in_fp8 for product, _ in self.quantised()):
+            raise UnsupportedModel(
+                'prefill="fp8" is for weights in 16 bits, or in fp8 where the compiled kernels run'
+            )
         if not self._plain:
             raise UnsupportedModel('prefill="fp8" is for decoders with SiLU and without biases')
         if self._head_dim != HEAD_DIM and self.norm.is_cuda and not using_references():
@@ -182,7 +199,8 @@ class LlamaDecoder:
     def fp8_nbytes(self) -> int:
         """Bytes of the fp8 copies."""
         products = [product for layer in self._layers for product in layer.products]
-        return sum(product.fp8.nbytes for product in products if product.fp8 is not None)
+        copies = [product.fp8 for product in products if product.format is None]
+        return sum(copy.nbytes for copy in copies if copy is not None)
 
     def slots(self) -> Iterator[Slot]:
         yield f"{PREFIX}.embed_tokens.weight", self.embedding
@@ -242,7 +260,7 @@ class _Layer:
 
     def weights(self) -> tuple[torch.Tensor, ...]:
         """What decoder_layers takes of a layer."""
-        qkv, out, gate_up, down = (product.weight for product in self.products)
+        qkv, out, gate_up, down = (_stored(product)[0] for product in self.products)
         return self.input_norm, qkv, out, self.post_norm, gate_up, down
 
     def decode(
@@ -320,6 +338,13 @@ def _add_product(residual: torch.Tensor, x: torch.Tensor, product: Linear) -> No
         linear.linear_add(residual, x, product.weight)
     else:
         quant_linear.quant_linear_add(residual, x, product.matrix)
+
+
+def _stored(product: Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """A product's weight as it is, and its scales; without a format the weight again."""
+    if product.matrix is None:
+        return product.weight, product.weight
+    return product.matrix.weight, product.matrix.scales
 
 
 def cos_sin_table(

@@ -117,8 +117,8 @@ def test_qkv(kind: Format, dtype: torch.dtype, generator: torch.Generator) -> No
 
 def test_what_the_kernels_take() -> None:
     cpu = torch.device("cpu")
-    assert most_rows(4096, 11008, cpu) == 64
-    assert most_rows(16, 64, cpu) == 64
+    assert most_rows(4096, 11008, cpu) == 32
+    assert most_rows(16, 64, cpu) == 32
     assert most_rows(24, 64, cpu) == 0
     assert most_rows(16, 96, cpu) == 0
     assert most_rows(16, 16448, cpu) == 0

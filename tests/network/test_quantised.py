@@ -41,6 +41,10 @@ DOWN = "language_model.model.layers.1.mlp.down_proj.weight"
 NF4_STATE = f"{DOWN}.quant_state.bitsandbytes__nf4"
 
 
+PROMPT = Prompt([1, 20, 21, 22])
+LONG_PROMPT = Prompt([1, *range(30, 190)])
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One model as float32 and as transformers saves it in both ways."""
@@ -436,8 +440,29 @@ def test_what_was_saved_needs_no_bitsandbytes(
 
 
 def test_fp8_copies_of_quantised_weights_are_refused(made: Path) -> None:
-    with pytest.raises(UnsupportedModel, match=r'prefill="fp8".*not quantised'):
-        load(made / "nf4").quantize_for_prefill()
+    for model in (load(made / "nf4"), load(made / "plain", "fp8")):
+        with pytest.raises(UnsupportedModel, match=r'prefill="fp8".*16 bits'):
+            model.quantize_for_prefill()
+
+
+def test_weights_in_fp8_serve_prefill_as_they_are(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 128 rows on, whose inputs are quantised; against a model that keeps copies."""
+    dtype = torch.bfloat16
+    monkeypatch.setattr(Linear, "_compiled", lambda product: True)
+    ours, copies = load(made / "plain", "fp8", dtype), load(made / "plain", dtype=dtype)
+    exact = greedy(ours, [PROMPT, LONG_PROMPT], 1)
+    before = ours.nbytes
+    ours.quantize_for_prefill()
+    copies.quantize_for_prefill()
+    assert ours.nbytes == before < copies.nbytes
+    one, other = (greedy(model, [LONG_PROMPT], 1)[0].logits[0] for model in (ours, copies))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, exact[1].logits[0])
+    torch.testing.assert_close(
+        greedy(ours, [PROMPT], 1)[0].logits[0], exact[0].logits[0], rtol=0.05, atol=0.1
+    )
 
 
 def test_shards_under_the_new_names_are_quantised_alike(tmp_path: Path) -> None:
