@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import llava_engine
-from llava_engine.cli.bench.cold_start import age, cold_start
+from llava_engine.cli.bench.cold_start import age, measure_cold_start
 from llava_engine.cli.bench.comparison import NAMES, Plan, agree, measure_peers
 from llava_engine.cli.bench.loops import Record, closed_loop, open_loop
 from llava_engine.cli.bench.machine import machine, versions
@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace, started: float | None = None) -> dict[str,
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "model": args.model,
             "weights": "random" if args.random_weights else "checkpoint",
-            **cold_start(model, started, aside),
+            **measure_cold_start(model, started, aside),
             "where": where(model),
         }
         work = _workload(args, model)

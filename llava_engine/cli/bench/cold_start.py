@@ -11,7 +11,7 @@ import llava_engine
 from llava_engine.cli.bench.workload import QUESTION, ask
 
 
-def cold_start(
+def measure_cold_start(
     model: llava_engine.VisionModel, started: float | None, aside: float
 ) -> dict[str, Any]:
     """Ask the first request of this process for one token.
