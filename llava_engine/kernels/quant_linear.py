@@ -12,13 +12,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from llava_engine.kernels.dequantize import (
+    BLOCK,
+    GROUP,
+    dequantize_fp8,
+    dequantize_int8,
+    dequantize_nf4,
+)
 from llava_engine.kernels.fp8 import FP8
 from llava_engine.kernels.library import define
 from llava_engine.kernels.linear import linear_add, norm_linear_silu_mul, norm_qkv_rope_append
-from llava_engine.quant import QuantisedWeight
-from llava_engine.quant.fp8 import Fp8Weight
-from llava_engine.quant.int8 import Int8Weight
-from llava_engine.quant.nf4 import BLOCK, GROUP, Nf4Weight
 
 UNIT_ROWS = 16
 """Outputs are a multiple of it."""
@@ -43,18 +46,6 @@ class QuantMatrix:
     outputs: int
     inputs: int
     apart: int
-
-    @classmethod
-    def of(cls, weight: QuantisedWeight, apart: int = 1) -> QuantMatrix:
-        """What the kernels take of a weight that `most_rows` says they take."""
-        if isinstance(weight, Nf4Weight):
-            packed = pack_nf4(weight.codes, weight.absmax, weight.scales2, apart)
-            tensors = packed, weight.code2
-        elif isinstance(weight, Int8Weight):
-            tensors = weight.values, weight.scb
-        else:
-            tensors = weight.values, weight.scales
-        return cls(*tensors, weight.outputs, weight.inputs, apart)
 
     @classmethod
     def stored(
@@ -181,13 +172,16 @@ def quant_norm_qkv_rope_append(
     )
 
 
-def _weight(weight: torch.Tensor, scales: torch.Tensor, inputs: int, apart: int) -> QuantisedWeight:
+def _whole(
+    weight: torch.Tensor, scales: torch.Tensor, inputs: int, apart: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The matrix in `dtype`."""
     if weight.dtype == torch.int8:
-        return Int8Weight(weight, scales)
+        return dequantize_int8(weight, scales, dtype)
     if weight.dtype == FP8:
-        return Fp8Weight(weight, scales)
+        return dequantize_fp8(weight, scales, dtype)
     codes, absmax, scales2 = unpack_nf4(weight, inputs, apart)
-    return Nf4Weight(codes, absmax, scales, scales2)
+    return dequantize_nf4(codes, absmax, scales, scales2, dtype)
 
 
 def _dequantize_rows_reference(
@@ -197,15 +191,15 @@ def _dequantize_rows_reference(
     apart: int,
     first_row: int,
 ) -> None:
-    matrix = _weight(weight, scales, out.shape[1], apart).dequantize(out.dtype)
+    matrix = _whole(weight, scales, out.shape[1], apart, out.dtype)
     out.copy_(matrix[first_row : first_row + len(out)])
 
 
 def _quant_linear_add_reference(
     residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
 ) -> None:
-    matrix = _weight(weight, scales, x.shape[1], 1)
-    linear_add(residual, x, matrix.dequantize(x.dtype))
+    matrix = _whole(weight, scales, x.shape[1], 1, x.dtype)
+    linear_add(residual, x, matrix)
 
 
 def _quant_norm_linear_silu_mul_reference(
@@ -216,7 +210,7 @@ def _quant_norm_linear_silu_mul_reference(
     gate_up: torch.Tensor,
     scales: torch.Tensor,
 ) -> None:
-    matrix = _weight(gate_up, scales, x.shape[1], out.shape[1]).dequantize(x.dtype)
+    matrix = _whole(gate_up, scales, x.shape[1], out.shape[1], x.dtype)
     norm_linear_silu_mul(out, x, norm_weight, eps, matrix)
 
 
@@ -233,7 +227,7 @@ def _quant_norm_qkv_rope_append_reference(
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> None:
-    matrix = _weight(qkv, scales, x.shape[1], q.shape[2] // 2).dequantize(x.dtype)
+    matrix = _whole(qkv, scales, x.shape[1], q.shape[2] // 2, x.dtype)
     norm_qkv_rope_append(
         q, k_cache, v_cache, x, norm_weight, eps, matrix, cos_sin, positions, slot_mapping
     )

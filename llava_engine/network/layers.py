@@ -131,7 +131,7 @@ class Linear:
     def load(self, weight: QuantisedWeight) -> None:
         """Take the weight of a product with a format."""
         if self.fused_rows:
-            matrix = QuantMatrix.of(weight, self._apart)
+            matrix = weight.matrix(self._apart)
             self.matrix = replace(matrix, weight=self.slab.keep(matrix.weight))
         else:
             self.quantised = weight

@@ -15,11 +15,12 @@ from typing import Any, TypeGuard
 import torch
 
 from llava_engine.errors import UnsupportedModel, WeightsError
+from llava_engine.kernels.dequantize import BLOCK, CODEBOOK, GROUP
 from llava_engine.network.safetensors_file import StoredTensor
 from llava_engine.network.tensor_reader import Place
 from llava_engine.quant import Format, QuantisedWeight, fits
 from llava_engine.quant.int8 import Int8Weight
-from llava_engine.quant.nf4 import BLOCK, CODEBOOK, GROUP, Nf4Weight, dequantize_flat
+from llava_engine.quant.nf4 import Nf4Weight, dequantize_flat
 
 _STATE = ".quant_state.bitsandbytes__"
 _SCB = "SCB"

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from llava_engine.errors import UnsupportedModel
+from llava_engine.kernels.dequantize import dequantize_fp8
 from llava_engine.kernels.fp8 import FP8, quantize_rows
+from llava_engine.kernels.quant_linear import QuantMatrix
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +48,11 @@ class Fp8Weight:
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix [outputs, inputs] in `dtype`, rounded once."""
-        return (self.values.float() * self.scales.unsqueeze(1)).to(dtype)
+        return dequantize_fp8(self.values, self.scales, dtype)
+
+    def matrix(self, apart: int = 1) -> QuantMatrix:
+        """As the kernels take it; apart: see QuantMatrix."""
+        return QuantMatrix(self.values, self.scales, self.outputs, self.inputs, apart)
 
     def tensors(self) -> list[torch.Tensor]:
         """All that it holds."""

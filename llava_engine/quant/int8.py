@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 
 import torch
 
+from llava_engine.kernels.dequantize import dequantize_int8
+from llava_engine.kernels.quant_linear import QuantMatrix
 from llava_engine.quant import bnb
-
-_RECIPROCAL = 7.874015718698502e-3  # of 127, as bitsandbytes has it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +47,11 @@ class Int8Weight:
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix [outputs, inputs] in `dtype`, to the bit what bitsandbytes makes of it."""
-        return (self.values * self.scb.unsqueeze(1) * _RECIPROCAL).to(dtype)
+        return dequantize_int8(self.values, self.scb, dtype)
+
+    def matrix(self, apart: int = 1) -> QuantMatrix:
+        """As the kernels take it; apart: see QuantMatrix."""
+        return QuantMatrix(self.values, self.scb, self.outputs, self.inputs, apart)
 
     def tensors(self) -> list[torch.Tensor]:
         """All that it holds."""

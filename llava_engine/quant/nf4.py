@@ -12,35 +12,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 
 from llava_engine.errors import UnsupportedModel
+from llava_engine.kernels.dequantize import BLOCK, GROUP, dequantize_nf4, nf4_levels
+from llava_engine.kernels.quant_linear import QuantMatrix, pack_nf4
 from llava_engine.quant import bnb
-
-BLOCK = 64
-"""Weights that share a scale."""
-GROUP = 256
-"""Scales that share a scale."""
-
-CODEBOOK = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-"""The 16 levels (Dettmers et al. 2023, appendix E)."""
 
 
 def fits(inputs: int) -> bool:
@@ -135,15 +111,12 @@ class Nf4Weight:
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix [outputs, inputs] in `dtype`, to the bit what bitsandbytes makes of it."""
-        levels = _levels(self.codes).view(*self.absmax.shape, BLOCK)
-        return (levels * self.block_scales().unsqueeze(2)).view(self.outputs, -1).to(dtype)
+        return dequantize_nf4(self.codes, self.absmax, self.code2, self.scales2, dtype)
 
-    def block_scales(self) -> torch.Tensor:
-        """The scale of every block, float32 [outputs, inputs / 64]."""
-        first, following, offset, phase = self.scales2.unsqueeze(2).unbind(1)
-        place = phase + torch.arange(self.absmax.shape[1], device=phase.device)
-        group = torch.where(place < GROUP, first, following)
-        return self.code2[self.absmax.int()] * group + offset
+    def matrix(self, apart: int = 1) -> QuantMatrix:
+        """As the kernels take it; apart: see QuantMatrix."""
+        packed = pack_nf4(self.codes, self.absmax, self.scales2, apart)
+        return QuantMatrix(packed, self.code2, self.outputs, self.inputs, apart)
 
     def tensors(self) -> list[torch.Tensor]:
         """All that it holds."""
@@ -179,13 +152,7 @@ def dequantize_flat(
     count = shape[0] * shape[1]
     groups = absmax2.repeat_interleave(GROUP)[: len(absmax)]
     scales = (code2[absmax.int()] * groups + offset).repeat_interleave(BLOCK)[:count]
-    return (_levels(codes).view(-1)[:count] * scales).view(shape).to(dtype)
-
-
-def _levels(codes: torch.Tensor) -> torch.Tensor:
-    """Both levels of every byte of uint8 [...], float32 [..., 2]."""
-    codebook = torch.tensor(CODEBOOK, device=codes.device)
-    return F.embedding(codes.int(), torch.cartesian_prod(codebook, codebook))
+    return (nf4_levels(codes).view(-1)[:count] * scales).view(shape).to(dtype)
 
 
 def _require_fit(inputs: int) -> None:

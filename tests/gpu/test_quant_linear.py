@@ -62,7 +62,7 @@ def test_add(
 ) -> None:
     inputs, outputs = shape
     weight = random_weight(kind, outputs, inputs, generator)
-    matrix, exact = QuantMatrix.of(weight), weight.dequantize(torch.float32).double()
+    matrix, exact = weight.matrix(), weight.dequantize(torch.float32).double()
     errors = Errors()
     for rows in ROWS:
         x = normal(generator, rows, inputs, dtype=dtype)
@@ -86,7 +86,7 @@ def test_silu_mul(
 ) -> None:
     inputs, outputs = shape
     weight = random_weight(kind, outputs, inputs, generator)
-    matrix = QuantMatrix.of(weight, outputs // 2)
+    matrix = weight.matrix(outputs // 2)
     exact = weight.dequantize(torch.float32)
     gain = normal(generator, inputs, dtype=dtype)
     errors = Errors()
@@ -109,7 +109,7 @@ def test_qkv(
     inputs = 320
     outputs = (heads[0] + 2 * heads[1]) * heads[2]
     weight = random_weight(kind, outputs, inputs, generator)
-    matrix = QuantMatrix.of(weight, heads[2] // 2)
+    matrix = weight.matrix(heads[2] // 2)
     errors = Errors()
     for rows in ROWS:
         case = qkv_case(rows, heads, inputs, dtype, generator)
@@ -135,7 +135,7 @@ def test_dequantised_rows_are_the_references_to_the_bit(
 ) -> None:
     weight = random_weight(kind, 96, inputs, generator)
     for apart in (1, 8, 48):
-        matrix = QuantMatrix.of(weight, apart)
+        matrix = weight.matrix(apart)
         for first, rows in ((0, 96), (5, 17), (95, 1)):
             out = blank(rows, inputs, dtype=dtype)
             dequantize_rows(out, matrix, first)
@@ -144,7 +144,7 @@ def test_dequantised_rows_are_the_references_to_the_bit(
 
 def test_what_has_no_place_is_refused(generator: torch.Generator) -> None:
     half = torch.float16
-    matrix = QuantMatrix.of(random_weight("nf4", 32, 128, generator))
+    matrix = random_weight("nf4", 32, 128, generator).matrix()
     x, residual = (torch.ones(2, size, device="cuda", dtype=half) for size in (128, 32))
     with pytest.raises(RuntimeError, match="weight has the wrong length"):
         quant_linear_add(torch.ones(2, 48, device="cuda", dtype=half), x, matrix)
@@ -166,7 +166,7 @@ def test_a_programmatic_chain_gives_what_single_launches_give(
     half = torch.float16
 
     def matrix(outputs: int, inputs: int, apart: int) -> QuantMatrix:
-        return QuantMatrix.of(random_weight(kind, outputs, inputs, generator), apart)
+        return random_weight(kind, outputs, inputs, generator).matrix(apart)
 
     weights = [
         (

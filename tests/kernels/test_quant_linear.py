@@ -12,7 +12,6 @@ from support.linear import qkv_case, qkv_truth, silu_truth
 from support.quant_products import FORMATS, random_weight
 
 from llava_engine.kernels.quant_linear import (
-    QuantMatrix,
     dequantize_rows,
     most_rows,
     pack_nf4,
@@ -48,7 +47,7 @@ def test_packed_nf4_is_bitsandbytes_to_the_bit(
         plain, blocksize=64, compress_statistics=True, quant_type="nf4"
     )
     weight = Nf4Weight.of(plain)
-    matrix = QuantMatrix.of(weight, apart)
+    matrix = weight.matrix(apart)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         state.dtype = dtype
         truth = bnb.dequantize_4bit(codes, state)
@@ -75,7 +74,7 @@ def test_packing_loses_nothing_and_takes_no_room(
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_other_formats_are_taken_as_they_are(kind: Format, generator: torch.Generator) -> None:
     weight = random_weight(kind, 32, 192, generator)
-    matrix = QuantMatrix.of(weight)
+    matrix = weight.matrix()
     assert matrix.weight.data_ptr() == weight.tensors()[0].data_ptr()
     out = poisoned(7, 192, dtype=torch.float16)
     dequantize_rows(out, matrix, 9)
@@ -91,11 +90,11 @@ def test_products(kind: Format, dtype: torch.dtype, generator: torch.Generator) 
         torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 192), (192,), (3, 32))
     )
     added = before.clone()
-    quant_linear_add(added, x, QuantMatrix.of(weight))
+    quant_linear_add(added, x, weight.matrix())
     truth = before.double() + x.double() @ matrix.double().T
     torch.testing.assert_close(added.double(), truth, **CLOSE[dtype])
     out = poisoned(3, 16, dtype=dtype)
-    quant_norm_linear_silu_mul(out, x, gain, 1e-5, QuantMatrix.of(weight, 16))
+    quant_norm_linear_silu_mul(out, x, gain, 1e-5, weight.matrix(16))
     truth = silu_truth(x, gain, 1e-5, matrix)
     torch.testing.assert_close(out.double(), truth, **CLOSE[dtype])
 
@@ -108,7 +107,7 @@ def test_qkv(kind: Format, dtype: torch.dtype, generator: torch.Generator) -> No
     case = qkv_case(3, heads, 64, dtype, generator)
     x, gain, eps, _, *places = case.inputs
     made = case.blank()
-    quant_norm_qkv_rope_append(*made, x, gain, eps, QuantMatrix.of(weight, 8), *places)
+    quant_norm_qkv_rope_append(*made, x, gain, eps, weight.matrix(8), *places)
     exact = (x, gain, eps, weight.dequantize(torch.float32), *places)
     truths = qkv_truth(dataclasses.replace(case, inputs=exact))
     for mine, truth in zip(made, truths, strict=True):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llava_engine.errors import KernelsNotBuilt, UnsupportedModel
-from llava_engine.quant.nf4 import CODEBOOK, Nf4Weight, fits
+from llava_engine.kernels.dequantize import CODEBOOK
+from llava_engine.quant.nf4 import Nf4Weight, fits
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Rows of 1, 3 and 172 blocks (the 7B's down): groups of 256 end within rows and between them.

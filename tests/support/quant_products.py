@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from llava_engine.kernels.dequantize import BLOCK, GROUP
 from llava_engine.kernels.fp8 import FP8
 from llava_engine.quant import Format, QuantisedWeight
 from llava_engine.quant.fp8 import Fp8Weight
 from llava_engine.quant.int8 import Int8Weight
-from llava_engine.quant.nf4 import BLOCK, GROUP, Nf4Weight
+from llava_engine.quant.nf4 import Nf4Weight
 
 FORMATS: tuple[Format, ...] = ("int8", "fp8", "nf4")
 
