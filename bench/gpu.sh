@@ -85,6 +85,10 @@ EOF
         --json "$out/serving.json" --report "$out/serving.html" --ops bench/results/kernels.json ||
         failed=1
       ;;
+    soak)  # under two minutes; a kernel is poisoned at the end, in a process of its own
+      $python -m bench.soak --device cuda --minutes 1.2 --cancelled 3000 --json "$out/soak_gpu.json" ||
+        failed=1
+      ;;
     decode)
       $python bench/decode.py --json "$out/decode.json" || failed=1
       ;;
