@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from llava_engine.kernels import linear
-from llava_engine.kernels.norm import rms_norm
 from llava_engine.kernels.projector import project
 from llava_engine.network.clip import VisionTower
 from llava_engine.network.config import LlavaConfig
@@ -133,12 +132,10 @@ class LlavaModel:
         if len(token_ids) > decoder.fused_rows:
             return self.logits(decoder(embeds, batch, k_caches, v_caches))
         hidden = decoder.decode(embeds, batch, k_caches, v_caches)
-        eps = self.config.text.rms_norm_eps
         if len(hidden) > linear.most_rows(head):
-            normed = torch.empty_like(hidden)
-            rms_norm(normed, hidden, decoder.norm, eps)
-            return self.logits(normed)
+            return self.logits(decoder.normalised(hidden))
         logits = torch.empty(len(hidden), len(head), dtype=torch.float32, device=hidden.device)
+        eps = self.config.text.rms_norm_eps
         linear.norm_linear(logits, hidden, decoder.norm, eps, head)
         return logits
 
