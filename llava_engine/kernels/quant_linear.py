@@ -1,7 +1,7 @@
 """Products of a few rows with weights of 8 or 4 bits, in a decoding step; those weights in 16 bits.
 
-As in kernels.linear a call is one read of the weights, for each 16 rows of x. What a format means
-is in kernels.dequantize. Here int8 and fp8 matrices are as they are there, and NF4 ones are repacked
+As in kernels.linear a call is one read of the weights, for each 16 rows of x. kernels.dequantize
+says what a format means. int8 and fp8 matrices are here as they are there, NF4 ones are repacked
 (`pack_nf4`), so that a block of threads reads them as runs of bytes.
 """
 
