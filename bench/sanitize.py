@@ -37,6 +37,13 @@ from llava_engine.kernels.norm import (
 )
 from llava_engine.kernels.preprocess import COLUMNS, ROWS, resample, write_patches
 from llava_engine.kernels.projector import project
+from llava_engine.kernels.quant_linear import (
+    QuantMatrix,
+    dequantize_rows,
+    quant_linear_add,
+    quant_norm_linear_silu_mul,
+    quant_norm_qkv_rope_append,
+)
 from llava_engine.kernels.rope_kv import rope_append
 from llava_engine.kernels.sampling import sample
 
@@ -104,6 +111,32 @@ def linears() -> None:
         x = torch.ones(2, 512, device=GPU, dtype=dtype)
         weight = torch.ones(8 * 132 * 14, 512, device=GPU, dtype=dtype)
         linear_add(x.new_ones(2, len(weight)), x, weight)
+
+
+def quantised() -> None:
+    """Rings that go round, x in spans, two tiles of tokens and several launches."""
+    for dtype in TYPES[:2]:
+        for kind in (torch.int8, FP8, torch.uint8):
+            for inputs, rows in ((192, 3), (4096, 1), (11008, 1), (11008, 9), (4096, 20)):
+                outputs = 16 * 132 * 2 if rows == 1 else 96
+                x = torch.ones(rows, inputs, device=GPU, dtype=dtype)
+                packed = kind == torch.uint8
+                steps = 256 + -(-inputs // 128) * 1056
+                shape = (outputs // 16, steps) if packed else (outputs, inputs)
+                weight = torch.zeros(shape, device=GPU, dtype=kind)
+                scales = torch.zeros(256 if packed else outputs, device=GPU)
+                matrix = QuantMatrix(weight, scales, outputs, inputs, outputs // 2)
+                quant_linear_add(x.new_ones(rows, outputs), x, matrix)
+                quant_norm_linear_silu_mul(x.new_empty(rows, outputs // 2), x, x[0], 1e-5, matrix)
+                q, cache = (
+                    x.new_empty(rows, outputs // 32, 16),
+                    x.new_zeros(5, outputs // 64, 4, 16),
+                )
+                cos_sin, places = torch.ones(rows, 16, device=GPU), torch.arange(rows, device=GPU)
+                quant_norm_qkv_rope_append(
+                    q, cache, cache.clone(), x, x[0], 1e-5, matrix, cos_sin, places, places
+                )
+                dequantize_rows(x.new_empty(7, inputs), matrix, 5)
 
 
 def pictures() -> None:
@@ -210,6 +243,7 @@ GROUPS = {
     "activation": activations,
     "rope": ropes,
     "linear": linears,
+    "quant": quantised,
     "matmul": matmuls,
     "picture": pictures,
     "projector": projectors,

@@ -10,7 +10,7 @@ import torch
 from support.gpu import NEEDS_GPU
 from support.kernels import blank, normal, within_twice
 from support.linear import angles, qkv_case, qkv_truth, silu_truth
-from support.quant_products import FORMATS, random_weight
+from support.quant_products import FORMATS, HIDDEN, Layers, random_weight
 
 from llava_engine.kernels.library import programmatic_launch, references
 from llava_engine.kernels.quant_linear import (
@@ -140,6 +140,19 @@ def test_dequantised_rows_are_the_references_to_the_bit(
             out = blank(rows, inputs, dtype=dtype)
             dequantize_rows(out, matrix, first)
             assert torch.equal(out, weight.dequantize(dtype)[first : first + rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_layers(kind: Format, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Few rows by the products here, more by cuBLAS: both as with the dequantised weights."""
+    layers = Layers(kind, dtype, generator)
+    for count in (1, 32, 33, 300):
+        rows = layers.random(count, HIDDEN)
+        ours, plain = (layers.run(rows, quantised=quantised) for quantised in (True, False))
+        with references():
+            truth = layers.run(rows, quantised=False, dtype=torch.float64)
+        within_twice(ours, plain, truth)
 
 
 def test_what_has_no_place_is_refused(generator: torch.Generator) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.kernels import poisoned
 from support.linear import qkv_case, qkv_truth, silu_truth
-from support.quant_products import FORMATS, random_weight
+from support.quant_products import FORMATS, HIDDEN, Layers, random_weight
 
 from llava_engine.kernels.quant_linear import (
     dequantize_rows,
@@ -112,6 +112,17 @@ def test_qkv(kind: Format, dtype: torch.dtype, generator: torch.Generator) -> No
     truths = qkv_truth(dataclasses.replace(case, inputs=exact))
     for mine, truth in zip(made, truths, strict=True):
         torch.testing.assert_close(mine.double(), truth, equal_nan=True, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_layers_are_those_of_the_dequantised_weights(
+    kind: Format, generator: torch.Generator
+) -> None:
+    layers = Layers(kind, torch.float32, generator)
+    rows = layers.random(70, HIDDEN)
+    made = layers.run(rows, quantised=True)
+    assert made.isfinite().all()
+    assert torch.equal(made, layers.run(rows, quantised=False))
 
 
 def test_what_the_kernels_take() -> None:

@@ -1,9 +1,11 @@
-"""Random quantised matrices, made without quantising anything, where a generator is."""
+"""Random quantised matrices and layers, made without quantising, where a generator is."""
 
 from __future__ import annotations
 
 import torch
 
+from llava_engine.kernels.attention import attention_workspace
+from llava_engine.kernels.decoder import decoder_layers
 from llava_engine.kernels.dequantize import BLOCK, GROUP
 from llava_engine.kernels.fp8 import FP8
 from llava_engine.quant import Format, QuantisedWeight
@@ -45,3 +47,80 @@ def random_weight(
     )
     codes, absmax = some_bytes(outputs, inputs // 2), some_bytes(outputs, blocks)
     return Nf4Weight(codes, absmax, code2, scales2)
+
+
+HIDDEN, WIDE, Q_HEADS, KV_HEADS, DIM = 256, 448, 4, 2, 64
+BLOCK_SIZE = 16
+
+
+class Layers:
+    """Two layers in a format, and the same in 16 bits, for kernels.decoder.decoder_layers."""
+
+    def __init__(self, kind: Format, dtype: torch.dtype, generator: torch.Generator) -> None:
+        self._generator, self._dtype = generator, dtype
+        products = (
+            ((Q_HEADS + 2 * KV_HEADS) * DIM, HIDDEN, DIM // 2),
+            (HIDDEN, Q_HEADS * DIM, 1),
+            (2 * WIDE, HIDDEN, WIDE),
+            (HIDDEN, WIDE, 1),
+        )
+        self._quantised: list[torch.Tensor] = []
+        self._scales: list[torch.Tensor] = []
+        self._plain: list[torch.Tensor] = []
+        for _ in range(2):
+            for index, (outputs, inputs, apart) in enumerate(products):
+                if index % 2 == 0:  # the norms stand before qkv and before gate and up
+                    norm = self.random(HIDDEN)
+                    self._quantised.append(norm)
+                    self._plain.append(norm)
+                weight = random_weight(kind, outputs, inputs, generator)
+                matrix = weight.matrix(apart)
+                self._quantised.append(matrix.weight)
+                self._scales.append(matrix.scales)
+                self._plain.append(weight.dequantize(dtype))
+        self.final_norm = self.random(HIDDEN)
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self._generator, device=self._generator.device).to(
+            self._dtype
+        )
+
+    def run(
+        self, rows: torch.Tensor, *, quantised: bool, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """A prompt [T, HIDDEN] through the layers, in the weights' type or in another."""
+        to = dtype or self._dtype
+        weights = [
+            x if x.dtype.itemsize == 1 else x.to(to)
+            for x in (self._quantised if quantised else self._plain)
+        ]
+        device, count = rows.device, len(rows)
+        blocks = -(-count // BLOCK_SIZE)
+        caches = torch.full(
+            (2, 2, blocks, KV_HEADS, BLOCK_SIZE, DIM), torch.nan, dtype=to, device=device
+        )
+        places = torch.arange(count, device=device)
+        angles = places.unsqueeze(1) * 0.01 ** torch.linspace(0, 1, DIM // 2, device=device)
+        out = torch.full((count, HIDDEN), torch.nan, dtype=to, device=device)
+        decoder_layers(
+            out,
+            rows.to(to, copy=True),
+            list(caches[0]),
+            list(caches[1]),
+            weights,
+            self._scales if quantised else [],
+            [],
+            self.final_norm.to(to),
+            torch.cat((angles.cos(), angles.sin()), dim=1),
+            places,
+            places,
+            torch.arange(blocks, device=device).int().unsqueeze(0),
+            torch.tensor([0, count], device=device).int(),
+            torch.tensor([count], device=device).int(),
+            None,
+            attention_workspace(Q_HEADS, KV_HEADS, DIM, device),
+            count,
+            DIM**-0.5,
+            1e-5,
+        )
+        return out
