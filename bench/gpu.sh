@@ -61,6 +61,7 @@ EOF
       $python bench/preprocess.py --json "$out/preprocess.json" || failed=1
       ;;
     quant)  # weights in 8 and 4 bits; int8 and nf4 need bitsandbytes
+      $python bench/quant_linear.py --json "$out/quant_linear.json" || failed=1
       for format in int8 fp8 nf4; do
         $python bench/decode_step.py --quantization $format --rows 1 2 4 8 16 64 \
           --json "$out/decode_step_$format.json" || failed=1
