@@ -46,6 +46,7 @@ def section(results: Path = RESULTS) -> str:
             f"{shares[0]} to {shares[-1]} % of its own floor",
             _source(results, "decode_step.json"),
         ),
+        *_format_rows(results),
         *_cold_rows(cold),
     ]
     head = (
@@ -103,6 +104,23 @@ def _decode_rows(record: Record) -> list[tuple[str, str, str]]:
             "",
         ),
     ]
+
+
+def _format_rows(results: Path) -> list[tuple[str, str, str]]:
+    rows = []
+    for name in ("fp8", "int8", "nf4"):
+        file = f"decode_{name}.json"
+        record = _read(results, file)
+        rows.append(
+            (
+                f'`quantization="{name}"`: each token, first token',
+                f"{record['token_ms']:.2f} ms, p99 {record['token_ms_p99']:.2f} ms (the memory "
+                f"allows {record['floor_ms']:.2f} ms); {record['first_token_ms']:.1f} ms; weights "
+                f"of {record['weight_bytes'] / 1e9:.1f} GB",
+                _source(results, file),
+            )
+        )
+    return rows
 
 
 def _cold_rows(record: Record) -> list[tuple[str, str, str]]:
