@@ -83,7 +83,9 @@ class Residual {
       : weights_(weights), residual_(residual), rows_(residual.size(0)) {
     const int64_t hidden = residual.size(1), dim = weights.dim, heads = weights.q_heads;
     x_ = empty(residual, {rows_, hidden});
-    const bool takes = dim == kHeadDim && matmul_takes(x_, weights.part(0, Layer::kQkv));
+    // With scales some weight is quantised, though maybe not this one.
+    const bool takes = weights.scales.empty() && dim == kHeadDim &&
+                       matmul_takes(x_, weights.part(0, Layer::kQkv));
     if (!weights.fp8.empty() && rows_ >= kFp8Rows && dim == kHeadDim) {
       normal_ = fp8_rows(residual, hidden);
       in_fp8_ = matmul_takes(normal_.values, weights.fp8[0]);

@@ -155,6 +155,19 @@ def test_layers(kind: Format, dtype: torch.dtype, generator: torch.Generator) ->
         within_twice(ours, plain, truth)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_layers_of_which_some_are_whole(kind: Format, generator: torch.Generator) -> None:
+    """As where a checkpoint skips modules, up to prompts that take other kernels."""
+    for whole in (1, 3):
+        layers = Layers(kind, torch.float16, generator, whole=whole)
+        for count in (1, 300, 600, 1000):
+            rows = layers.random(count, HIDDEN)
+            ours, plain = (layers.run(rows, quantised=quantised) for quantised in (True, False))
+            with references():
+                truth = layers.run(rows, quantised=False, dtype=torch.float64)
+            within_twice(ours, plain, truth)
+
+
 def test_what_has_no_place_is_refused(generator: torch.Generator) -> None:
     half = torch.float16
     matrix = random_weight("nf4", 32, 128, generator).matrix()

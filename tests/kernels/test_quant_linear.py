@@ -114,11 +114,12 @@ def test_qkv(kind: Format, dtype: torch.dtype, generator: torch.Generator) -> No
         torch.testing.assert_close(mine.double(), truth, equal_nan=True, **CLOSE[dtype])
 
 
+@pytest.mark.parametrize("whole", [0, 3])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_layers_are_those_of_the_dequantised_weights(
-    kind: Format, generator: torch.Generator
+    kind: Format, whole: int, generator: torch.Generator
 ) -> None:
-    layers = Layers(kind, torch.float32, generator)
+    layers = Layers(kind, torch.float32, generator, whole=whole)
     rows = layers.random(70, HIDDEN)
     made = layers.run(rows, quantised=True)
     assert made.isfinite().all()

@@ -54,9 +54,14 @@ BLOCK_SIZE = 16
 
 
 class Layers:
-    """Two layers in a format, and the same in 16 bits, for kernels.decoder.decoder_layers."""
+    """Two layers in a format, and the same in 16 bits, for kernels.decoder.decoder_layers.
 
-    def __init__(self, kind: Format, dtype: torch.dtype, generator: torch.Generator) -> None:
+    whole: of the eight products that many come first which are not quantised.
+    """
+
+    def __init__(
+        self, kind: Format, dtype: torch.dtype, generator: torch.Generator, *, whole: int = 0
+    ) -> None:
         self._generator, self._dtype = generator, dtype
         products = (
             ((Q_HEADS + 2 * KV_HEADS) * DIM, HIDDEN, DIM // 2),
@@ -74,10 +79,15 @@ class Layers:
                     self._quantised.append(norm)
                     self._plain.append(norm)
                 weight = random_weight(kind, outputs, inputs, generator)
+                plain = weight.dequantize(dtype)
+                self._plain.append(plain)
+                if len(self._scales) < whole:
+                    self._quantised.append(plain)
+                    self._scales.append(plain)
+                    continue
                 matrix = weight.matrix(apart)
                 self._quantised.append(matrix.weight)
                 self._scales.append(matrix.scales)
-                self._plain.append(weight.dequantize(dtype))
         self.final_norm = self.random(HIDDEN)
 
     def random(self, *shape: int) -> torch.Tensor:
