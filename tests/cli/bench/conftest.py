@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from support.bench_command import command
 
 import llava_engine
+from llava_engine.pool import pool
 
 RESULTS = Path(llava_engine.__file__).parents[1] / "bench" / "results"
 
@@ -22,6 +24,15 @@ class Ran:
     record: dict[str, Any]
     report: Path
     trace: Path
+
+
+@pytest.fixture(autouse=True)
+def _own_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The process's pool is a test's own, and ends with it."""
+    monkeypatch.setattr(pool, "_own", None)
+    yield
+    if pool._own is not None:
+        pool._own.shutdown(0)
 
 
 @pytest.fixture(scope="session")
