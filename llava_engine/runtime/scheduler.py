@@ -53,12 +53,15 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_waiting = 0
         self.paused: set[Sequence] = set()
-        # Heaps with lazy deletion: a finished sequence is dropped when it comes up.
+        # Heaps with lazy deletion: a finished sequence is dropped when it comes up, or by `_sweep`.
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence, or fail it when it can never run."""
+        unfinished = len(self.running) + self.num_waiting + len(self.paused)
+        if len(self._waiting) + len(self._deadlines) > 4 * unfinished + 32:
+            self._sweep()
         self._arrivals += 1
         sequence.arrival = self._arrivals
         needed = self._blocks_for(sequence.prompt_len + 1)
@@ -205,12 +208,7 @@ class Scheduler:
         for sequence in [paused for paused in self.paused if paused.sink.room > 0]:
             self.paused.remove(sequence)
             self._push(sequence)
-        self._waiting = [(sequence.rank, sequence) for sequence in self._queued()]
-        heapq.heapify(self._waiting)
-        self._deadlines = [
-            entry for entry in self._deadlines if entry[2].status is not SequenceStatus.FINISHED
-        ]
-        heapq.heapify(self._deadlines)
+        self._sweep()
 
     def abandon(self) -> list[Sequence]:
         """Forget every sequence, in whatever state, and return them. Their blocks are not given
@@ -227,6 +225,16 @@ class Scheduler:
         """Preempt from the last in rank until the rest holds at most `num_blocks`."""
         while self._pool.num_blocks - self._pool.num_free > num_blocks:
             self._preempt(max(self.running, key=lambda sequence: sequence.rank))
+
+    def _sweep(self) -> None:
+        """Take what is finished out of the heaps: it comes up only after those of earlier deadlines
+        or ranks, which may be paused for hours or never have their turn."""
+        self._waiting = [(sequence.rank, sequence) for sequence in self._queued()]
+        heapq.heapify(self._waiting)
+        self._deadlines = [
+            entry for entry in self._deadlines if entry[2].status is not SequenceStatus.FINISHED
+        ]
+        heapq.heapify(self._deadlines)
 
     def _queued(self) -> Iterator[Sequence]:
         return (
@@ -307,6 +315,8 @@ class Scheduler:
             self.num_waiting -= 1
         self.paused.discard(sequence)
         sequence.status = SequenceStatus.FINISHED
+        sequence.features.clear()
+        sequence.pictures = ()  # the heaps may have it for a while yet
 
     def _release(self, sequence: Sequence) -> None:
         self._pool.free(sequence.block_table)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
+import torch
+from support.pictures import random_pictures
 from support.scheduling import (
     EOS,
     advance,
@@ -17,7 +21,7 @@ from support.scheduling import (
 
 from llava_engine.errors import MemoryExhausted, PromptTooLong, RequestTimeout
 from llava_engine.runtime.scheduler import Scheduled
-from llava_engine.runtime.sequence import Sequence, SequenceStatus
+from llava_engine.runtime.sequence import Picture, Sequence, SequenceStatus
 from llava_engine.types import FinishReason, SamplingParams
 
 
@@ -294,3 +298,39 @@ def test_the_next_deadline_is_that_of_a_sequence_which_still_needs_it() -> None:
     plan.schedule(7.0)
     assert isinstance(sink(second).error, RequestTimeout)
     assert plan.next_deadline() is None
+
+
+@pytest.mark.parametrize("blocked", ["deadline", "rank"])
+def test_what_is_finished_is_kept_by_no_heap(blocked: str) -> None:
+    """Neither behind a paused sequence of an earlier deadline, nor behind those of a better rank
+    that always come first."""
+    plan, pool = scheduler(max_batch=1)
+    paused = sequence([1] * 6, 50, deadline=1e6)
+    sink(paused).room = 1
+    plan.add(paused)
+    while advance(plan):
+        pass
+    ahead = sequence([2], 90, ignore_eos=True)
+    if blocked == "rank":
+        plan.add(ahead)
+        advance(plan)
+    features, picture = torch.zeros(1), Picture(b"", 0, 1, random_pictures(0, 1, 1)[0])
+    held = weakref.ref(features), weakref.ref(picture.pixels.pixels)
+    ended = []
+    for number in range(500):
+        each = sequence([3], 1, deadline=2e6 + number if blocked == "deadline" else float(number))
+        each.pictures, each.features[b""] = (picture,), features
+        ended.append(weakref.ref(each))
+        plan.add(each)
+        if blocked == "deadline":
+            advance(plan)
+        else:
+            plan.schedule(number + 0.5)  # it is too late for it
+        assert each.status is SequenceStatus.FINISHED
+        del each
+    del features, picture
+    gc.collect()
+    assert sum(kept() is not None for kept in ended) < 50
+    assert [kept() for kept in held] == [None, None]
+    assert paused.status is SequenceStatus.PAUSED and paused in plan.paused
+    assert pool.num_blocks - pool.num_free == len(ahead.block_table)
