@@ -8,6 +8,7 @@ taken yet is bounded, since the runtime fills no channel beyond its `room`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import threading
 import time
@@ -207,8 +208,9 @@ class Channel:
         arrived = asyncio.Event()
 
         def wake() -> None:
-            # A loop that was closed meanwhile has no reader left to wake.
-            if not loop.is_closed():
+            # A loop that is closed has no reader left to wake. It may be closed at any moment, so
+            # it is not asked before.
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(arrived.set)
 
         with self._changed:
@@ -251,7 +253,8 @@ class ChunkStream:
     not ended, since to read late is no error, and nobody who asks for many answers and reads them
     one by one should lose any. A paused answer holds no KV block and no place in the batch, so
     others run as if it were not there, whoever is read first; it goes on as soon as it is read.
-    One that is never read stays paused until its timeout, if it has any, or until it is closed.
+    One that is never read stays paused until its timeout, if it has any, or until it is closed; it
+    counts among the PoolConfig.max_queue requests that may wait before new ones are refused.
     """
 
     def __init__(self, channel: Channel) -> None:

@@ -131,6 +131,22 @@ def test_a_producer_outliving_the_event_loop_is_harmed_by_nothing() -> None:
     assert stream.text() == "still fine"
 
 
+def test_a_loop_that_is_closed_in_the_moment_of_waking_is_no_producers_failure() -> None:
+    class Closing(asyncio.SelectorEventLoop):
+        def call_soon_threadsafe(self, *arguments, **options):
+            self.close()  # as another thread may, whatever was asked before
+            return super().call_soon_threadsafe(*arguments, **options)
+
+    end = channel()
+    stream, loop = ChunkStream(end), Closing()
+    waiting = loop.create_task(stream.__anext__())
+    waiting._log_destroy_pending = False
+    loop.run_until_complete(asyncio.sleep(0))
+    fill(end, "still fine")
+    assert loop.is_closed() and not waiting.done()
+    assert stream.text() == "still fine"
+
+
 def test_errors_come_after_the_tokens_before_them_and_again_when_asked_again() -> None:
     end = channel()
     stream = ChunkStream(end)
