@@ -118,7 +118,7 @@ class Quiet:
         until = time.monotonic() + 10
         while True:
             model = self._pool.health()["models"][self._model.registry_key]
-            waiting = model["queue_depth"] + model["running"]
+            waiting = model["queue_depth"] + model["paused"] + model["running"]
             counted = sum(model["outcomes"].values())
             asked = self._load.requests + self.own_requests
             blocks = held_blocks(self._pool, self._model.registry_key)

@@ -131,7 +131,8 @@ class PoolConfig:
 
     memory_fraction: share of a device's memory, and of the host's, that the pool may reserve.
     min_workers, max_workers: per model; eviction stops at the first, growth at the second.
-    max_queue: requests per model that may wait.
+    max_queue: requests per model that may wait, paused ones for their readers included; beyond that
+        new ones are refused.
     default_timeout: seconds for a request that names none; None is no deadline.
     spawn_timeout: seconds in which a worker must have loaded its model.
     idle_timeout: seconds without work after which a worker is Idle and may be evicted.

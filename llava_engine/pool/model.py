@@ -96,6 +96,17 @@ class Model:
         return sum(request.waiting for request in self.live)
 
     @property
+    def paused(self) -> int:
+        """Requests whose readers are too far behind. They count for admission: each holds its
+        picture in host memory, and those that are never read would be without bound."""
+        return sum(request.paused for request in self.live)
+
+    @property
+    def running(self) -> int:
+        """Requests of a batch, or on their way into it again."""
+        return len(self.live) - self.queue_depth - self.paused
+
+    @property
     def state(self) -> str:
         """The model in a word: its best worker's state, "spawning", or "cold"."""
         live = {worker.state for worker in self.live_workers}
@@ -131,7 +142,7 @@ class Model:
         """Seconds in which a place in the queue is likely to come free: one latency's share."""
         totals = sorted(times["total"] for times in self.latencies if "total" in times)
         median = totals[len(totals) // 2] if totals else 1.0
-        return min(60.0, max(0.1, median / max(1, len(self.live) - self.queue_depth)))
+        return min(60.0, max(0.1, median / max(1, self.running)))
 
     def health(self) -> dict[str, Any]:
         """A JSON-able record; latencies in seconds."""
@@ -149,7 +160,8 @@ class Model:
             ],
             "cold_start": self.spec.stages.seconds(),
             "queue_depth": self.queue_depth,
-            "running": len(self.live) - self.queue_depth,
+            "paused": self.paused,
+            "running": self.running,
             "outcomes": dict(self.outcomes),
             "latency": {
                 stage: _percentiles([t[stage] for t in self.latencies if stage in t])

@@ -200,7 +200,8 @@ class WorkerPool:
         with state.lock:
             state.closing = True
             state.changed.notify_all()
-            state.changed.wait_for(state.drained, self.config.drain if drain_s is None else drain_s)
+            patience = self.config.drain if drain_s is None else drain_s
+            state.changed.wait_for(state.drained, min(patience, threading.TIMEOUT_MAX))
             rest = [request for model in state.models.values() for request in model.live]
         for request in rest:
             request.channel.abort(shutting_down())
@@ -252,7 +253,9 @@ class WorkerPool:
         sampling = sampling if sampling is not None else SamplingParams()
         if timeout is None:
             timeout = self.config.default_timeout
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None
+        if timeout is not None and timeout <= threading.TIMEOUT_MAX:  # no lock waits for longer
+            deadline = time.monotonic() + timeout
         request: Request
         ended, fetches = self._state.ended, self._state.fetches
         channel = Channel(sampling.stop, deadline, on_end=lambda _: ended.put(request))
@@ -280,13 +283,18 @@ class WorkerPool:
                 return NoWorkers(f"This pool has no workers for {key} and cannot spawn any.")
             wait = model.breaker.retry_after()
             if not wait and model.breaker.state is BreakerState.HALF_OPEN:
-                # No more trials at once than it takes to close the circuit.
-                wait = 1.0 if len(model.live) >= self.config.breaker_successes else 0.0
+                # No more trials at once than it takes to close the circuit. Paused ones are none:
+                # nobody knows when their readers will come.
+                trials = len(model.live) - model.paused
+                wait = 1.0 if trials >= self.config.breaker_successes else 0.0
             if wait:
                 return CircuitOpen(f"{key} failed too often; try again in {wait:.0f} s.", wait)
-            if model.queue_depth >= self.config.max_queue:
+            paused = model.paused
+            if model.queue_depth + paused >= self.config.max_queue:
+                readers = f", {paused} of them for their readers" if paused else ""
                 return PoolOverloaded(
-                    f"{self.config.max_queue} requests for {key} are waiting.", model.retry_after()
+                    f"{self.config.max_queue} requests for {key} are waiting{readers}.",
+                    model.retry_after(),
                 )
             model.live[request] = None
             model.used_at = state.clock()

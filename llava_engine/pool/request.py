@@ -48,6 +48,11 @@ class Request:
         return not self.channel.started and not self.channel.cancelled
 
     @property
+    def paused(self) -> bool:
+        """Whether it stands still until its reader has caught up; see ChunkStream."""
+        return self.channel.room <= 0 and not self.channel.cancelled
+
+    @property
     def outcome(self) -> str:
         """How it ended, in a word: a finish reason or the error's name."""
         if self.channel.error is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 
 import pytest
 from support.pool_fakes import (
     PICTURE,
     Clock,
+    Digits,
     FakeModel,
     ask,
     error_of,
@@ -27,6 +30,8 @@ from llava_engine.errors import (
     RequestTimeout,
     WorkerDied,
 )
+from llava_engine.pool.request import Request
+from llava_engine.types import FinishReason
 
 
 def test_a_full_queue_refuses_at_once_and_before_any_fetch() -> None:
@@ -64,6 +69,42 @@ def test_running_requests_do_not_fill_the_queue() -> None:
         model.backend.await_held(1)
         model.backend.release()
         assert first.text() == second.text() == "7"
+
+
+def fill(request: Request) -> None:
+    """What the runtime does until a reader who has room for one token is too far behind."""
+    request.channel.bind(Digits(), 3, 1, max_unread=1)
+    request.channel.start(0)
+    request.channel.put(7)
+
+
+def test_paused_requests_count_until_they_are_read() -> None:
+    """Streams that nobody reads must not pile up, each with its picture, without bound."""
+    model = FakeModel(hold=True)
+    with warm(model, max_queue=3) as pool:
+        streams = []
+        for _ in range(3):
+            streams.append(ask(pool))
+            model.backend.await_held(1)
+            fill(model.backend.held[-1][0])
+        health = pool.health()["models"]["fake"]
+        assert (health["queue_depth"], health["paused"], health["running"]) == (0, 3, 0)
+        refused = error_of(ask(pool))
+        assert isinstance(refused, PoolOverloaded) and "3 of them for their readers" in str(refused)
+        assert next(streams[0]) == "7"
+        assert pool.health()["models"]["fake"]["running"] == 1
+        streams.append(ask(pool))
+        model.backend.await_held(1)
+        assert isinstance(error_of(ask(pool)), PoolOverloaded)
+        streams[1].close()
+        streams.append(ask(pool))
+        model.backend.await_held(1)
+        for request, _ in model.backend.held:
+            request.channel.finish(FinishReason.STOP)
+        assert [stream.text() for stream in (streams[0], streams[2])] == ["7", "7"]
+        assert all(error_of(stream) is None for stream in streams[3:])
+        wait_for(pool, lambda: not model_of(pool).live)
+        assert pool.health()["models"]["fake"]["paused"] == 0
 
 
 def test_requests_go_to_the_less_loaded_of_two() -> None:
@@ -127,6 +168,16 @@ def test_a_stream_that_nobody_reads_still_ends_at_its_deadline() -> None:
         assert isinstance(error_of(stream), RequestTimeout)
 
 
+@pytest.mark.parametrize("timeout", [math.inf, 1e300, 10**400], ids=["inf", "1e300", "10**400"])
+def test_a_timeout_beyond_what_can_be_waited_for_is_none(timeout: float) -> None:
+    model = FakeModel(hold=True)
+    with warm(model, drain=math.inf) as pool:
+        stream = ask(pool, timeout=timeout)
+        model.backend.await_held(1)
+        threading.Timer(0.05, model.backend.release).start()
+        assert stream.text() == "7"
+
+
 def test_the_default_timeout_is_the_pools() -> None:
     with warm(FakeModel(hold=True), default_timeout=20.0) as pool:
         stream = ask(pool)
@@ -177,6 +228,28 @@ def test_bad_pictures_do_not_open_the_circuit_but_model_failures_do() -> None:
         assert [type(error) for error in ended] == [type(None)] * 3 + [CircuitOpen] * 2
         wait_for(pool, lambda: not model_of(pool).live)
         assert pool.health()["models"]["fake"]["breaker"] == "closed"
+
+
+def test_streams_that_nobody_reads_do_not_keep_the_circuit_open() -> None:
+    clock, model = Clock(), FakeModel(hold=True)
+    with warm(model, clock) as pool:
+        unread = [ask(pool) for _ in range(4)]
+        model.backend.await_held(4)
+        for request, _ in model.backend.held:
+            fill(request)
+        model.backend.error = lambda request: ZeroDivisionError()
+        for _ in range(5):
+            assert isinstance(error_of(ask(pool)), RequestFailed)
+        assert isinstance(error_of(ask(pool)), CircuitOpen)
+        clock.now += 60
+        model.backend.error = lambda request: None
+        model.backend.hold = False
+        assert [error_of(ask(pool)) for _ in range(3)] == [None] * 3
+        wait_for(pool, lambda: len(model_of(pool).live) == 4)
+        assert pool.health()["models"]["fake"]["breaker"] == "closed"
+        model.backend.held.clear()
+        for stream in unread:
+            stream.close()
 
 
 def test_a_loader_that_keeps_failing_opens_the_circuit() -> None:
