@@ -34,6 +34,7 @@ def test_stop_takes_one_string_or_several() -> None:
         ("top_p", 0.0, ValueError),
         ("top_p", 1.1, ValueError),
         ("top_k", -1, ValueError),
+        ("top_k", 2**31, ValueError),
         ("top_k", None, TypeError),
         ("repetition_penalty", 0.0, ValueError),
         ("seed", -1, ValueError),
