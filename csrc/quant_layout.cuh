@@ -72,6 +72,7 @@ struct QuantLayout {
   int row_stride, slot_bytes;
   int x, low_ring, high_ring;  // of the ring's part before the table and of that behind it
   int low_slots, slots;        // that there are before it, and that there is room for in all
+  int least;                   // bytes up to the end of the table, and of x where that is behind it
 
   __host__ __device__ QuantLayout(int tokens, int inputs, int piece, int span, int units) {
     // 16 bytes more than a multiple of 128: the 8 lanes of a phase have 4 times 16 of two rows.
@@ -85,6 +86,7 @@ struct QuantLayout {
     int high = kPacked ? Table<kTiles>::kEnd : kShared;
     x = low + x_bytes <= low_end ? low : high;
     (x == low ? low : high) += x_bytes;
+    least = kPacked ? high : 0;
     low_ring = low;
     low_slots = low_end > low ? (low_end - low) / slot_bytes : 0;
     high_ring = high - low_slots * slot_bytes;
@@ -97,8 +99,8 @@ struct QuantLayout {
     return (index < low_slots ? low_ring : high_ring) + index * slot_bytes;
   }
   __host__ __device__ int bytes() const {
-    const int end = kPacked ? Table<kTiles>::kEnd : 0, last = slot(slots - 1) + slot_bytes;
-    return last > end ? last : end;
+    const int last = slot(slots - 1) + slot_bytes;
+    return last > least ? last : least;
   }
 };
 

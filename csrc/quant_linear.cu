@@ -21,7 +21,8 @@ void check_weight(const Tensor& weight, const Tensor& scales, int64_t outputs, i
     check_column(weight, type, outputs * inputs, "weight");
     check_column(scales, ScalarType::Float, outputs, "scales");
   }
-  STD_TORCH_CHECK(aligned(weight), "weight must be aligned to 16 bytes");
+  STD_TORCH_CHECK(aligned(weight) && aligned(scales),
+                  "weight and scales must be aligned to 16 bytes");
 }
 
 // rows_of(a number of the element type): the epilogues.
