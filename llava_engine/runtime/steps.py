@@ -146,12 +146,12 @@ class Steps:
         wait, and we stop the run ourselves. Or it came later, and so did the `stop`, which finds
         the run on and ends it, or at the least makes this wait return, after which we look again.
         """
-        cancelled, stopped, ended = False, False, False
+        changed, stopped, ended = False, False, False
         while not ended:
             deadline = self._scheduler.next_deadline()
             left = None if deadline is None else deadline - time.monotonic()
             overdue = left is not None and left <= 0
-            if not stopped and (cancelled or overdue or self._inbox.has_news()):
+            if not stopped and (changed or overdue or self._inbox.has_news()):
                 self._decoder.stop()  # once: each makes a wait return at once
                 stopped = True
                 self._encode_ahead()
@@ -168,8 +168,10 @@ class Steps:
             for sequence, event in tokens:
                 self._scheduler.complete(Scheduled(sequence, 1), event.token)
                 sequence.sink.flush()
-                going = sequence.status is SequenceStatus.RUNNING
-                cancelled = cancelled or (going and sequence.sink.cancelled)
+                if sequence.status is SequenceStatus.RUNNING:
+                    # Its row is idle from now on, but its reader has kept up: no news will tell.
+                    idles = event.finished and sequence.sink.room > 0
+                    changed = changed or idles or sequence.sink.cancelled
         return None
 
     def _encode_ahead(self) -> None:

@@ -14,6 +14,7 @@ from support.scheduling import advance, expected, next_token, scheduler, sequenc
 from llava_engine import FinishReason
 from llava_engine.errors import RequestTimeout, WorkerDied
 from llava_engine.runtime.decode_loop import TokenEvent
+from llava_engine.runtime.decoder import Decoder
 from llava_engine.runtime.runtime import DeviceRuntime
 from llava_engine.runtime.scheduler import Scheduled
 from llava_engine.runtime.sequence import SequenceStatus
@@ -154,6 +155,28 @@ def test_nobody_waits_for_one_without_room(world: World) -> None:
         assert [len(reader.tokens) for reader in never] == [3] * 5
         # The first token of each is prefill's.
         assert len(events) == 5 * 2 + 29
+
+
+def test_a_reader_who_keeps_up_waits_for_no_run_of_the_others(
+    world: World, runtime: DeviceRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row is planned for the room that it had when the run began."""
+    monkeypatch.setattr(Decoder, "_worth", lambda self, rows: 0)  # as with many rows on a GPU
+
+    class Reader(Sink):
+        def flush(self) -> None:
+            super().flush()
+            self.room = 4  # all is read at once
+            behind.append(len(other.tokens) - len(self.tokens))
+
+    behind: list[int] = []
+    quick, other = Reader(room=4), Sink()
+    runtime.submit(world.sequence(0, [60], 40, quick))
+    runtime.submit(world.sequence(1, [70], 100, other))
+    assert quick.wait() == world.expected(0, [60], 40)
+    assert other.wait() == world.expected(1, [70], 100)
+    assert max(behind) <= 4
+    settled(runtime)
 
 
 def test_a_paused_sequence_alone_ends_at_its_deadline(world: World, runtime: DeviceRuntime) -> None:
