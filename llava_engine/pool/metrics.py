@@ -90,8 +90,12 @@ class Metrics:
             "llava_engine_workers", "Workers by state.", labels=["model", "state"]
         )
         queue = GaugeMetricFamily("llava_engine_queue", "Requests waiting.", labels=["model"])
+        paused = GaugeMetricFamily(
+            "llava_engine_paused", "Requests that wait for their readers.", labels=["model"]
+        )
         for key, model in health["models"].items():
             queue.add_metric([key], model["queue_depth"])
+            paused.add_metric([key], model["paused"])
             states = [worker["state"] for worker in model["workers"]]
             for state in _STATES:
                 workers.add_metric([key, state], states.count(state))
@@ -101,7 +105,7 @@ class Metrics:
         for name, device in health["devices"].items():
             for kind in ("used", "limit", "free", "total"):
                 memory.add_metric([name, kind], device[f"{kind}_mb"] * (1 << 20))
-        yield from (workers, queue, memory)
+        yield from (workers, queue, paused, memory)
 
     def close(self) -> None:
         """Take everything out of the registry."""

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 
+import prometheus_client
 import pytest
 from support.pool_fakes import (
     PICTURE,
@@ -82,6 +83,8 @@ def test_paused_requests_count_until_they_are_read() -> None:
     """Streams that nobody reads must not pile up, each with its picture, without bound."""
     model = FakeModel(hold=True)
     with warm(model, max_queue=3) as pool:
+        registry = prometheus_client.CollectorRegistry()
+        pool.attach_metrics(registry)
         streams = []
         for _ in range(3):
             streams.append(ask(pool))
@@ -89,6 +92,7 @@ def test_paused_requests_count_until_they_are_read() -> None:
             fill(model.backend.held[-1][0])
         health = pool.health()["models"]["fake"]
         assert (health["queue_depth"], health["paused"], health["running"]) == (0, 3, 0)
+        assert registry.get_sample_value("llava_engine_paused", {"model": "fake"}) == 3
         refused = error_of(ask(pool))
         assert isinstance(refused, PoolOverloaded) and "3 of them for their readers" in str(refused)
         assert next(streams[0]) == "7"
