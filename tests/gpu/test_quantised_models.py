@@ -74,27 +74,34 @@ def test_a_saved_checkpoint_is_to_the_bit_what_the_cpu_has(
     assert all(torch.equal(view.cpu(), slots[name]) for name, view in ours.slots())
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of half a gigabyte."""
+    made: Path = tmp_path_factory.mktemp("wide")
+    make_checkpoint(made, text_config=WIDE)
+    return made
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_loading_takes_little_more_than_the_model(
-    format: Format, tmp_path: Path, record_property: Callable[[str, object], None]
+    format: Format, wide: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """Two rooms of the largest product in 16 bits, what quantising and packing take of it, and
     nothing of them afterwards."""
     need(format)
-    make_checkpoint(tmp_path, text_config=WIDE)
-    load_model(tmp_path, device=GPU, dtype=torch.float16, quantization=format)
+    load_model(wide, device=GPU, dtype=torch.float16, quantization=format)
     gc.collect()
     torch.cuda.empty_cache()
     reserved, before = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    model = load_model(tmp_path, device=GPU, dtype=torch.float16, quantization=format)
+    model = load_model(wide, device=GPU, dtype=torch.float16, quantization=format)
     peak = torch.cuda.max_memory_allocated() - before
     taken = torch.cuda.memory_allocated() - before
     largest = 2 * 2 * WIDE["intermediate_size"] * WIDE["hidden_size"]
     record_property("bytes", f"peak {peak}, then {taken}, for {model.nbytes}")
     assert taken < model.nbytes + (2 << 20)
     assert peak < model.nbytes + 6 * largest
-    assert torch.cuda.memory_reserved() - reserved < 1.1 * model.nbytes + (20 << 20)
+    assert torch.cuda.memory_reserved() - reserved < 1.1 * model.nbytes + (30 << 20)  # rooms: 32
 
 
 def test_a_room_is_filled_anew_only_when_its_work_is_done(tmp_path: Path) -> None:

@@ -136,18 +136,19 @@ class PagedContext:
         return attention(q, *own, k_cache, v_cache, batch, workspace, scale).cpu()
 
     def expected(self, dtype: torch.dtype) -> torch.Tensor:
-        """Attention written out, in `dtype`; padding rows are zero."""
+        """Attention written out in `dtype` where the op runs; padding rows are zero. On the CPU."""
         rows = []
         for (new, context), q, k, v in zip(
             self.lengths, self.queries, self.keys, self.values, strict=True
         ):
+            q, k, v = (x.to(self.device, dtype) for x in (q, k, v))
             if context == 0:
-                rows.append(torch.zeros_like(q, dtype=dtype))
+                rows.append(torch.zeros_like(q))
                 continue
             groups = q.shape[1] // k.shape[1]
-            k, v = (x.to(dtype).repeat_interleave(groups, dim=1) for x in (k, v))
-            scores = torch.einsum("qhd,khd->hqk", q.to(dtype), k) * self.scale
-            future = torch.ones(new, context).triu(context - new + 1).bool()
+            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q, k) * self.scale
+            future = torch.ones(new, context, device=self.device).triu(context - new + 1).bool()
             weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
             rows.append(torch.einsum("hqk,khd->qhd", weights, v))
-        return torch.cat(rows)
+        return torch.cat(rows).cpu()
