@@ -26,8 +26,8 @@ for part in $parts; do
     tests)
       # Warnings of another torch than the pinned one are not this run's business.
       $python -m pytest -m gpu tests/gpu -q --maxfail=25 -W default -p no:cacheprovider \
-        -o junit_family=xunit1 --junitxml="$out/gpu_tests.xml" > "$out/gpu_tests.log" 2>&1 || failed=1
-      grep -aE '^(FAILED|ERROR|E  )|passed|failed|error' "$out/gpu_tests.log" | cut -c1-220 | tail -60
+        --durations=25 -o junit_family=xunit1 --junitxml="$out/gpu_tests.xml" > "$out/gpu_tests.log" 2>&1 || failed=1
+      grep -aE '^(FAILED|ERROR|E  )|^[0-9.]+s (call|setup)|passed|failed|error' "$out/gpu_tests.log" | cut -c1-220 | tail -85
       $python - "$out" <<'EOF'
 import json, os, sys
 import xml.etree.ElementTree as tree

@@ -117,7 +117,14 @@ def quantised() -> None:
     """Rings that go round, x in spans, two tiles of tokens and several launches."""
     for dtype in TYPES[:2]:
         for kind in (torch.int8, FP8, torch.uint8):
-            for inputs, rows in ((192, 3), (4096, 1), (11008, 1), (11008, 9), (4096, 20)):
+            for inputs, rows in (
+                (192, 3),
+                (4096, 1),
+                (11008, 1),
+                (11008, 9),
+                (6144, 8),
+                (4096, 20),
+            ):
                 outputs = 16 * 132 * 2 if rows == 1 else 96
                 x = torch.ones(rows, inputs, device=GPU, dtype=dtype)
                 packed = kind == torch.uint8
