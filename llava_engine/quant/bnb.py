@@ -2,6 +2,9 @@
 
 Only quantising needs the package. Weights that are quantised already are read and multiplied
 without it.
+
+On a GPU 0.50 quantises to 4 bits on the device's default stream, whichever is the current one: so
+that one must be, as it is where models are loaded.
 """
 
 from __future__ import annotations
