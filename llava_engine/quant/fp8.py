@@ -6,7 +6,6 @@ beside the 16-bit ones and quantise their inputs as well (prefill="fp8").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,20 +15,14 @@ import torch.nn.functional as F
 from llava_engine.errors import UnsupportedModel
 from llava_engine.kernels.dequantize import dequantize_fp8
 from llava_engine.kernels.fp8 import FP8, quantize_rows
-from llava_engine.kernels.quant_linear import QuantMatrix
+from llava_engine.quant.rows import RowScaled
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Fp8Weight:
-    """A matrix whose row i is values[i] * scales[i].
-
-    values: float8_e4m3fn [outputs, inputs]. scales: float32 [outputs].
-    """
+class Fp8Weight(RowScaled):
+    """A matrix whose row i is values[i] * scales[i]. values: float8_e4m3fn."""
 
     FORMAT: ClassVar[Literal["fp8"]] = "fp8"
-
-    values: torch.Tensor
-    scales: torch.Tensor
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> Fp8Weight:
@@ -39,39 +32,9 @@ class Fp8Weight:
         quantize_rows(values, scales, weight)
         return cls(values, scales)
 
-    @classmethod
-    def stack(cls, parts: Sequence[Fp8Weight]) -> Fp8Weight:
-        """Matrices of one width, one below the other."""
-        return cls(
-            torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
-        )
-
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix [outputs, inputs] in `dtype`, rounded once."""
         return dequantize_fp8(self.values, self.scales, dtype)
-
-    def matrix(self, apart: int = 1) -> QuantMatrix:
-        """As the kernels take it; apart: see QuantMatrix."""
-        return QuantMatrix(self.values, self.scales, self.outputs, self.inputs, apart)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All that it holds."""
-        return [self.values, self.scales]
-
-    @property
-    def outputs(self) -> int:
-        """Rows."""
-        return self.values.shape[0]
-
-    @property
-    def inputs(self) -> int:
-        """Columns."""
-        return self.values.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors())
 
 
 def fp8_linear(

@@ -5,28 +5,24 @@ Weights alone: activations keep their type, where bitsandbytes' LLM.int8() quant
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from llava_engine.kernels.dequantize import dequantize_int8
-from llava_engine.kernels.quant_linear import QuantMatrix
 from llava_engine.quant import bnb
+from llava_engine.quant.rows import RowScaled
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Int8Weight:
-    """A matrix whose row i is values[i] * scb[i] / 127.
+class Int8Weight(RowScaled):
+    """A matrix whose row i is values[i] * scales[i] / 127.
 
-    values: int8 [outputs, inputs]. scb: float32 [outputs], the rows' largest absolute values.
+    values: int8. scales: the rows' largest absolute values, bitsandbytes' SCB.
     """
 
     FORMAT: ClassVar[Literal["int8"]] = "int8"
-
-    values: torch.Tensor
-    scb: torch.Tensor
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> Int8Weight:
@@ -38,36 +34,6 @@ class Int8Weight:
         values, scb, _ = functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
         return cls(values, scb)
 
-    @classmethod
-    def stack(cls, parts: Sequence[Int8Weight]) -> Int8Weight:
-        """Matrices of one width, one below the other."""
-        return cls(
-            torch.cat([part.values for part in parts]), torch.cat([part.scb for part in parts])
-        )
-
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix [outputs, inputs] in `dtype`, to the bit what bitsandbytes makes of it."""
-        return dequantize_int8(self.values, self.scb, dtype)
-
-    def matrix(self, apart: int = 1) -> QuantMatrix:
-        """As the kernels take it; apart: see QuantMatrix."""
-        return QuantMatrix(self.values, self.scb, self.outputs, self.inputs, apart)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All that it holds."""
-        return [self.values, self.scb]
-
-    @property
-    def outputs(self) -> int:
-        """Rows."""
-        return self.values.shape[0]
-
-    @property
-    def inputs(self) -> int:
-        """Columns."""
-        return self.values.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors())
+        return dequantize_int8(self.values, self.scales, dtype)
