@@ -48,6 +48,7 @@ class Steps:
         self._device = device
         self._on_tokens = on_tokens
         self._range = opened
+        self._asynchronous = device.type == "cuda"
         self._unflushed: list[TokenSink] = []
 
     def close(self) -> None:
@@ -76,7 +77,8 @@ class Steps:
         """Wake the readers of the last step's tokens.
 
         They take Python's lock for a while, each, so this is done when the device has its next
-        work, if there is more than decoding, which does without Python.
+        work, if there is more than decoding, which does without Python. The CPU's own work is
+        done when it is launched: there they are woken before it.
         """
         for sink in self._unflushed:
             sink.flush()
@@ -84,6 +86,8 @@ class Steps:
 
     def _prefill(self, step: list[Scheduled]) -> None:
         """One step of anything, pictures and long prompts included."""
+        if not self._asynchronous:
+            self._flush()
         try:
             tokens = self._runner.run(step, launched=self._flush)
         except LOST:

@@ -431,10 +431,12 @@ def test_a_reader_is_told_of_a_token_before_the_runtime_rests(
     assert (other.error is not None) == other_fails
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_readers_are_woken_when_the_device_has_work(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not between the steps of other prompts: they would take Python's lock while it waits."""
+    """A GPU would wait while they take Python's lock between the steps of other prompts; on the CPU
+    they would wait for a whole step."""
     first, long, told = Sink(), Sink(), []
     forward, submitted = LlavaModel.forward, threading.Event()
 
@@ -447,11 +449,12 @@ def test_readers_are_woken_when_the_device_has_work(
     for runtime in running(world, 400):
         runtime.submit(world.sequence(None, [60] * 23, 5, first))
         runtime.submit(world.sequence(None, [61] * 100, 1, long))
+        runtime._steps._asynchronous = asynchronous
         submitted.set()
         first.wait()
         long.wait()
         settled(runtime)
-    assert told[1:4] == [1, 1, 1]
+    assert told[1:4] == [int(asynchronous)] * 3
 
 
 def test_an_idle_runtime_uses_no_processor(runtime: DeviceRuntime) -> None:
