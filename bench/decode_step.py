@@ -131,27 +131,30 @@ def products(model: LlavaModel, rows: int) -> Callable[[], object]:
     slots = torch.arange(rows, device=DEVICE) * BLOCK
 
     places = decoder._cos_sin, batch.positions, slots
+    quantised = any(True for _ in model.quantised())
+    append, add, silu_mul = (
+        (
+            quant_linear.quant_norm_qkv_rope_append,
+            quant_linear.quant_linear_add,
+            quant_linear.quant_norm_linear_silu_mul,
+        )
+        if quantised
+        else (linear.norm_qkv_rope_append, linear.linear_add, linear.norm_linear_silu_mul)
+    )
 
     def layers() -> None:
         for layer in decoder._layers:
-            qkv, out, gate_up, down = (product.weight for product in layer.products)
             before = q, cache, cache, x, layer.input_norm, 1e-5
-            linear.norm_qkv_rope_append(*before, qkv, *places)
-            linear.linear_add(x, q.view(rows, -1), out)
-            linear.norm_linear_silu_mul(wide, x, layer.post_norm, 1e-5, gate_up)
-            linear.linear_add(x, wide, down)
-
-    def quantised_layers() -> None:
-        for layer in decoder._layers:
-            qkv, out, gate_up, down = (product.matrix for product in layer.products)
-            before = q, cache, cache, x, layer.input_norm, 1e-5
-            quant_linear.quant_norm_qkv_rope_append(*before, qkv, *places)
-            quant_linear.quant_linear_add(x, q.view(rows, -1), out)
-            quant_linear.quant_norm_linear_silu_mul(wide, x, layer.post_norm, 1e-5, gate_up)
-            quant_linear.quant_linear_add(x, wide, down)
+            qkv, out, gate_up, down = (
+                product.matrix if quantised else product.weight for product in layer.products
+            )
+            append(*before, qkv, *places)
+            add(x, q.view(rows, -1), out)
+            silu_mul(wide, x, layer.post_norm, 1e-5, gate_up)
+            add(x, wide, down)
 
     def step() -> None:
-        quantised_layers() if any(True for _ in model.quantised()) else layers()
+        layers()
         if rows <= linear.most_rows(model._head):
             linear.norm_linear(logits, x, decoder.norm, 1e-5, model._head)
         else:

@@ -64,6 +64,19 @@ def server() -> Iterator[HttpServer]:
         yield server
 
 
+def hold_back(server: HttpServer) -> threading.Event:
+    """A route /hold, whose last byte comes when the event is set."""
+    release = threading.Event()
+
+    def hold(request: Request, connection: Connection) -> None:
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(PNG) + PNG[:-1])
+        release.wait(30)
+        connection.send(PNG[-1:])
+
+    server.routes["/hold"] = hold
+    return release
+
+
 def test_a_picture_arrives_and_connections_are_kept(server: HttpServer) -> None:
     fetch = fetcher()
     for _ in range(3):
@@ -181,14 +194,7 @@ def test_content_length_is_not_believed(server: HttpServer) -> None:
 
 
 def test_fetches_share_a_budget_of_bytes(server: HttpServer, held: threading.Event) -> None:
-    release = threading.Event()
-
-    def hold(request: Request, connection: Connection) -> None:
-        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(PNG) + PNG[:-1])
-        release.wait(30)
-        connection.send(PNG[-1:])
-
-    server.routes["/hold"] = hold
+    release = hold_back(server)
     shared = fetcher(max_bytes=len(PNG), budget=len(PNG))
     results: list[bytes] = []
     holder = threading.Thread(
@@ -208,14 +214,7 @@ def test_fetches_share_a_budget_of_bytes(server: HttpServer, held: threading.Eve
 def test_a_body_over_the_whole_budget_is_fetched_alone(
     server: HttpServer, held: threading.Event
 ) -> None:
-    release = threading.Event()
-
-    def hold(request: Request, connection: Connection) -> None:
-        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(PNG) + PNG[:-1])
-        release.wait(30)
-        connection.send(PNG[-1:])
-
-    server.routes["/hold"] = hold
+    release = hold_back(server)
     with contextlib.closing(fetcher(budget=9)) as shared:
         results: list[bytes] = []
         holder = threading.Thread(
