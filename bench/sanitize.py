@@ -125,7 +125,7 @@ def quantised() -> None:
                 (6144, 8),
                 (4096, 20),
             ):
-                outputs = 16 * 132 * 2 if rows == 1 else 96
+                outputs = 16 * 132 * 2 if rows == 1 else 128  # 64 of q, as many of k and v
                 x = torch.ones(rows, inputs, device=GPU, dtype=dtype)
                 packed = kind == torch.uint8
                 steps = 256 + -(-inputs // 128) * 1056
