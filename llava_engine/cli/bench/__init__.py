@@ -181,6 +181,9 @@ def _model(args: argparse.Namespace, stack: ExitStack) -> tuple[llava_engine.Vis
     """The model, and the seconds that writing random weights took, which no cold start has."""
     config = engine_config(args)
     if args.trace is not None:
+        from llava_engine.cli.bench.trace import prepare
+
+        prepare()
         config = dataclasses.replace(config, nvtx=True)
     if args.kv_cache_mb is not None:
         try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ from llava_engine.cli.bench.metrics import stages_ms
 _MARK = "llava-engine bench: clock"
 _PROCESS = 1_000_000_000  # no process's id
 _WIDTH_US = 1.0
+_SETTLE_S = 0.5
+
+
+def prepare() -> None:
+    """Call this before anything else imports torch: its profiler works fully only on the thread
+    that loaded it (libkineto's `registerClient`)."""
+    import torch.profiler  # noqa: F401
 
 
 def trace(path: Path, run: Callable[[], Sequence[Record]]) -> None:
@@ -33,6 +41,9 @@ def trace(path: Path, run: Callable[[], Sequence[Record]]) -> None:
             pass
         marked = (before + clock()) / 2
         records = run()
+        # The answers are there, but worker threads may still be within an op, and torch's
+        # profiler may free what such a thread still writes to (pytorch#185741).
+        time.sleep(_SETTLE_S)
     with tempfile.TemporaryDirectory() as directory:
         raw = Path(directory) / "trace.json"
         profiler.export_chrome_trace(str(raw))
