@@ -176,6 +176,9 @@ def _build(data: dict[str, Any], added: Sequence[tokenizers.AddedToken]) -> toke
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(str(error)) from error
+    # It would keep the last 10,000 different queries, a kilobyte each, and help only those that
+    # come again word for word.
+    tokenizer.model._resize_cache(0)
     tokenizer.add_tokens(list(added))
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -50,6 +52,7 @@ def test_encodes_and_decodes_as_transformers(tokenizer, oracle, text):
 @given(text=ENCODABLE)
 @settings(deadline=None)
 def test_text_without_special_tokens_is_encoded_alike_with_them_off(tokenizer, oracle, text):
+    assume(not any(special in text for special in tokenizer.special_texts))
     ids = oracle(text, add_special_tokens=False).input_ids
     assert tokenizer.encode(text, special=False) == ids
 
@@ -184,6 +187,34 @@ def test_damage_inside_the_file_never_shows_the_library(copy):
                 Tokenizer.from_directory(copy)
             except ModelError as error:
                 assert "tokenizer" in str(error)
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
+        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks")),
+        ("keepcost", ctypes.c_size_t),
+    ]
+
+
+def test_queries_are_not_kept(copy):
+    """All are different, as those of a service are; kept, they would take four megabytes."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _Mallinfo
+    tokenizer = Tokenizer.from_directory(copy)
+
+    def held_after(begin: int, end: int) -> int:
+        for number in range(begin, end):
+            tokenizer.encode(
+                f"What is number {number} of the things that I see here?", special=True
+            )
+        gc.collect()
+        return mallinfo().uordblks
+
+    before = held_after(0, 100)
+    assert held_after(100, 4100) - before < 400_000
 
 
 def test_a_missing_file(copy):
