@@ -24,26 +24,41 @@ for part in $parts; do
       $python bench/sanitize.py || exit 1
       ;;
     tests)
+      # A process a file, side by side, and alone those that look at all of the card's memory.
       # Warnings of another torch than the pinned one are not this run's business.
-      $python -m pytest -m gpu tests/gpu -q --maxfail=25 -W default -p no:cacheprovider \
-        --durations=25 -o junit_family=xunit1 --junitxml="$out/gpu_tests.xml" > "$out/gpu_tests.log" 2>&1 || failed=1
+      mkdir -p "$out/gpu_tests"
+      alone="test_loading test_pool"
+      together=$(cd tests/gpu && ls test_*.py | sed 's/\.py$//' | grep -vxF "${alone// /$'\n'}")
+      run_tests() {
+        xargs -P "$1" -I{} sh -c '"$0" -m pytest -m gpu "tests/gpu/$1.py" -q --maxfail=25 -W default \
+          -p no:cacheprovider --durations=3 --durations-min=1 -o junit_family=xunit1 --junitxml="$2/gpu_tests/$1.xml" \
+          > "$2/gpu_tests/$1.log" 2>&1' "$python" {} "$out"
+      }
+      tr ' ' '\n' <<< "$together" | run_tests 6 || failed=1
+      tr ' ' '\n' <<< "$alone" | run_tests 1 || failed=1
+      cat "$out"/gpu_tests/*.log > "$out/gpu_tests.log"
       grep -aE '^(FAILED|ERROR|E  )|^[0-9.]+s (call|setup)|passed|failed|error' "$out/gpu_tests.log" | cut -c1-220 | tail -85
       $python - "$out" <<'EOF'
 import json, os, sys
+from pathlib import Path
 import xml.etree.ElementTree as tree
 import torch
-suite = tree.parse(f"{sys.argv[1]}/gpu_tests.xml").getroot()[0]
-cases = [(c.get("classname") + "::" + c.get("name"), c) for c in suite.iter("testcase")]
+reports = sorted(Path(sys.argv[1], "gpu_tests").glob("*.xml"))
+suites = [tree.parse(report).getroot()[0] for report in reports]
+cases = [(c.get("classname") + "::" + c.get("name"), c) for s in suites for c in s.iter("testcase")]
 record = {
     "commit": os.environ["COMMIT"], "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-    **{k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")},
-    "seconds": float(suite.get("time")),
+    "files": [report.stem for report in reports],
+    **{k: sum(int(s.get(k)) for s in suites) for k in ("tests", "failures", "errors", "skipped")},
+    "seconds": {r.stem: float(s.get("time")) for r, s in zip(reports, suites)},
     "properties": {n: {p.get("name"): p.get("value") for p in c.iter("property")}
                    for n, c in cases if c.find("properties") is not None},
     "failed": [n for n, c in cases if c.find("failure") is not None or c.find("error") is not None],
 }
-open(f"{sys.argv[1]}/gpu_tests.json", "w").write(json.dumps(record, indent=1) + "\n")
+print({k: record[k] for k in ("tests", "failures", "errors", "skipped")})
+Path(sys.argv[1], "gpu_tests.json").write_text(json.dumps(record, indent=1) + "\n")
 EOF
+      rm -r "$out/gpu_tests"
       ;;
     bench)
       $python bench/kernels.py --json "$out/kernels.json" || failed=1
