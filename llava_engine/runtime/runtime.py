@@ -83,33 +83,7 @@ class DeviceRuntime:
         )
         attention = "paged" if config.kernels == "reference" else config.attention
         compiled = config.kernels == "auto" and device.type == "cuda"
-        self._streams = DeviceStreams(device)
-        runner = ModelRunner(
-            model,
-            self._cache,
-            self._features,
-            self._streams,
-            attention=attention,
-            captures=compiled,
-            overlap=compiled and config.programmatic_launch,
-        )
-        self._decoder = Decoder(
-            model,
-            self._cache,
-            self._streams,
-            max_model_len=self.max_model_len,
-            config=config,
-        )
         self._inbox = Inbox()
-        self._steps = Steps(
-            self._scheduler,
-            runner,
-            self._decoder,
-            self._inbox,
-            device,
-            on_tokens=on_tokens,
-            opened=ranges(config.nvtx, device),
-        )
         self._shares: dict[str, int] = {}
         self._closing = False
         self._lock = threading.Lock()
@@ -120,7 +94,37 @@ class DeviceRuntime:
         self._thread = threading.Thread(
             target=self._loop, name=f"llava-runtime-{device}", daemon=True
         )
-        self._thread.start()
+        self._streams = DeviceStreams(device)
+        try:
+            runner = ModelRunner(
+                model,
+                self._cache,
+                self._features,
+                self._streams,
+                attention=attention,
+                captures=compiled,
+                overlap=compiled and config.programmatic_launch,
+            )
+            self._decoder = Decoder(
+                model,
+                self._cache,
+                self._streams,
+                max_model_len=self.max_model_len,
+                config=config,
+            )
+            self._steps = Steps(
+                self._scheduler,
+                runner,
+                self._decoder,
+                self._inbox,
+                device,
+                on_tokens=on_tokens,
+                opened=ranges(config.nvtx, device),
+            )
+            self._thread.start()
+        except BaseException:
+            self._streams.close()  # who keeps the exception keeps this object, and so its threads
+            raise
 
     @property
     def kv_block_bytes(self) -> int:
@@ -305,6 +309,8 @@ class DeviceRuntime:
         except Exception as error:  # where the device is lost, this is too
             logger.warning("Freeing the memory of %s failed.", self.device, exc_info=error)
             self._death = self._death or error
+        finally:
+            self._streams.close()
         if self._death is not None:
             for callback in callbacks:
                 callback(self._death)

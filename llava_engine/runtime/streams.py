@@ -19,16 +19,17 @@ from llava_engine.runtime.host_copy import PIECE_BYTES, PIECES, HostCopies
 
 _ALIGNMENT = 256  # bytes, of each array on the device
 _TYPES = {
-    "uint8": torch.uint8,
-    "int32": torch.int32,
-    "int64": torch.int64,
-    "float32": torch.float32,
+    np.dtype(np.uint8): torch.uint8,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.float32): torch.float32,
 }
 
 
 class DeviceStreams:
     """Decoding has the higher priority. Its stream and the prefill stream wait for each other: what
-    one computes is there for the other, and neither runs beside it."""
+    one computes is there for the other, and neither runs beside it. Uploads have threads of their
+    own, which `close` ends."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -84,7 +85,7 @@ class DeviceStreams:
         stream = torch.cuda.current_stream(self._device).cuda_stream
         self._copies.send(there.data_ptr(), arrays, places, stream)
         return [
-            there[place : place + array.nbytes].view(_TYPES[array.dtype.name]).view(array.shape)
+            there[place : place + array.nbytes].view(_TYPES[array.dtype]).view(array.shape)
             for array, place in zip(arrays, places, strict=True)
         ]
 
@@ -99,6 +100,11 @@ class DeviceStreams:
             for (dtype, group), whole in zip(groups.items(), joined, strict=True)
         }
         return [next(parts[vector.dtype]) for vector in vectors]
+
+    def close(self) -> None:
+        """No more uploads. May be called again."""
+        if self._copies is not None:
+            self._copies.close()
 
     def _host_copies(self, stream: torch.cuda.Stream) -> HostCopies | None:
         """None without the compiled library, which those who chose the references may lack."""

@@ -1,18 +1,32 @@
 // A stream of a device that puts every copy off until somebody waits for what lies behind it. So a
 // piece that is written again too early arrives with what it holds by then. Tests drive it through
-// ctypes.
+// ctypes, and say what befalls a copier's own threads.
 #include <cuda_runtime.h>
+#include <pthread.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <deque>
 #include <mutex>
+#include <string_view>
+#include <thread>
 
 namespace {
 
 constexpr int kDevice = 3;  // the only one there is
 
 thread_local int current_device = -1;
+
+enum Helpers : int { kPrompt, kHeld, kSlow, kRefused };
+std::atomic<int> helpers = kPrompt;
+
+bool is_helper() {
+  char name[16];
+  pthread_getname_np(pthread_self(), name, sizeof(name));
+  return std::string_view(name).starts_with("llava-copy:");
+}
 
 struct Copy {
   void* to;
@@ -45,6 +59,10 @@ extern "C" {
 
 cudaError_t cudaSetDevice(int device) {
   if (device != kDevice) return cudaErrorInvalidDevice;
+  if (is_helper()) {
+    if (helpers == kRefused) return cudaErrorInvalidDevice;
+    helpers.wait(kHeld);
+  }
   current_device = device;
   return cudaSuccess;
 }
@@ -69,6 +87,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (helpers == kSlow && is_helper()) std::this_thread::sleep_for(std::chrono::milliseconds(2));
   if (event->stream == nullptr) return cudaSuccess;
   const std::lock_guard lock(event->stream->mutex);
   event->stream->run_until(event->behind);
@@ -88,6 +107,13 @@ void fake_stream_free(FakeDevice* stream) { delete stream; }
 FakeEvent* fake_event_new() { return new FakeEvent; }
 
 void fake_event_free(FakeEvent* event) { delete event; }
+
+// From now on threads of copiers are 0: left alone, 1: held before they are ready, until this is
+// called again, 2: slow to begin what they take, 3: refused the device.
+void fake_helpers(int kind) {
+  helpers = kind;
+  helpers.notify_all();
+}
 
 // The copy after `count` ones is refused, and so is every later one.
 void fake_refuse(FakeDevice* stream, int64_t count) { stream->refuse_at = count; }
