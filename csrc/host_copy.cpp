@@ -9,15 +9,12 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <exception>
 #include <memory>
-#include <mutex>
 #include <new>
-#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -30,9 +27,19 @@ extern "C" struct llava_host_array {
 
 namespace {
 
-// How long a caller looks for the end of the helpers' last pieces before it sleeps. Copying a piece
-// takes some 30 us, and waking up afterwards would take as long again.
-constexpr std::chrono::microseconds kLook{50};
+// How long who waits for others' pieces looks for them before it lets other threads run. Copying a
+// piece takes some 20 us, and waking up takes longer.
+constexpr std::chrono::microseconds kLook{100};
+
+// Calls `step` until `ready` says so.
+template <typename Ready, typename Step>
+void look(Ready&& ready, Step&& step) {
+  const auto until = std::chrono::steady_clock::now() + kLook;
+  while (!ready()) {
+    step();
+    if (std::chrono::steady_clock::now() > until) std::this_thread::yield();
+  }
+}
 
 // Bytes begin..end of an array, counted without what lies between its rows.
 void copy_rows(char* to, const llava_host_array& array, int64_t begin, int64_t end) {
@@ -56,23 +63,24 @@ struct Upload {
   int count;
 };
 
+// The pieces of all uploads are numbered through; piece n goes through slot n % slots of the pinned
+// memory. Any thread copies a piece into its slot. The caller alone talks to CUDA, where threads
+// would wait for each other: it queues the device's copies, of all pieces at once that are there.
 class HostCopier {
  public:
-  HostCopier(int device, char* pinned, void* const* copied, int pieces, int64_t piece_bytes)
+  HostCopier(int device, char* pinned, void* const* copied, int slots, int64_t piece_bytes)
       : device_(device),
         pinned_(pinned),
-        copied_(copied, copied + pieces),
+        copied_(copied, copied + slots),
+        slots_(slots),
         piece_bytes_(piece_bytes),
-        idle_(pieces) {
-    std::iota(idle_.begin(), idle_.end(), 0);
-  }
+        run_end_(slots),
+        there_(slots) {}
 
   ~HostCopier() {
-    {
-      const std::lock_guard lock(mutex_);
-      closing_ = true;
-    }
-    work_.notify_all();
+    closing_ = true;
+    gate_.fetch_add(kNext);
+    gate_.notify_all();
     for (std::thread& helper : helpers_) helper.join();
   }
 
@@ -106,50 +114,51 @@ class HostCopier {
  private:
   cudaError_t copy_all(const Upload& upload) {
     const llava_host_array& last = upload.arrays[upload.count - 1];
-    const int64_t total = last.place + last.rows * last.row_bytes;
-    // One for each piece but the first, which is the caller's.
-    const int wanted = static_cast<int>(
-        std::min<int64_t>(helpers_.size(), std::max<int64_t>(total - 1, 0) / piece_bytes_));
-    std::unique_lock lock(mutex_);
     upload_ = upload;
-    begun_ = 0;
-    total_ = total;
+    bytes_ = last.place + last.rows * last.row_bytes;
+    first_ = queued_ = end_;
+    end_ = first_ + (bytes_ + piece_bytes_ - 1) / piece_bytes_;
+    begun_ = first_;
     error_ = cudaSuccess;
-    wanted_ = wanted;
-    lock.unlock();
-    for (int helper = 0; helper < wanted; ++helper) work_.notify_one();
-    lock.lock();
-    copy_pieces(lock);
-    wanted_ = 0;  // who wakes from now on goes back to sleep
-    lock.unlock();
-    const auto until = std::chrono::steady_clock::now() + kLook;
-    while (helping_ != 0 && std::chrono::steady_clock::now() < until) {
+    const bool helped = !helpers_.empty() && end_ - first_ >= kFewest;
+    if (helped) {
+      gate_.fetch_add(kNext | kOpen);  // a new number, and open
+      gate_.notify_all();
     }
-    lock.lock();
-    finished_.wait(lock, [this] { return helping_ == 0; });
+    copy_pieces([this](uint64_t piece) {
+      queue_pieces();
+      look([&] { return may_write(piece); }, [this] { advance(); });
+    });
+    look([this] { return error_ != cudaSuccess || queued_ == end_; }, [this] { advance(); });
+    if (helped) {
+      gate_.fetch_sub(kOpen);  // who wakes from now on goes back to sleep
+      look([this] { return (gate_ & kInside) == 0; }, [] {});
+    }
+    if (error_ != cudaSuccess) {  // the slots are free once what was queued has passed
+      while (passed_ < queued_) wait_for(passed_);
+      passed_ = end_;
+    }
     return error_;
   }
 
-  // Copies pieces until the last one has begun. The lock is given up while a piece is copied.
-  void copy_pieces(std::unique_lock<std::mutex>& lock) {
-    while (begun_ < total_ && error_ == cudaSuccess) {
-      const int64_t begin = begun_;
-      begun_ = std::min(begin + piece_bytes_, total_);
-      const int64_t end = begun_;
-      const int piece = idle_[taken_++ % idle_.size()];
-      lock.unlock();
-      const cudaError_t error = copy_piece(begin, end, piece);
-      lock.lock();
-      idle_[given_back_++ % idle_.size()] = piece;
-      if (error_ == cudaSuccess) error_ = error;
+  // Copies pieces until the last one has begun; wait(piece) returns when its slot may be written, or
+  // there is an error.
+  template <typename Wait>
+  void copy_pieces(Wait&& wait) {
+    for (;;) {
+      const uint64_t piece = begun_.fetch_add(1);
+      if (piece >= end_) return;
+      wait(piece);
+      if (error_ != cudaSuccess) return;
+      copy_piece(piece);
+      there_[piece % slots_].store(piece + 1, std::memory_order_release);
     }
   }
 
-  cudaError_t copy_piece(int64_t begin, int64_t end, int piece) {
-    const auto event = static_cast<cudaEvent_t>(copied_[piece]);
-    char* const to = pinned_ + piece * piece_bytes_;
-    // Until the device has read what the piece held before.
-    if (const cudaError_t error = cudaEventSynchronize(event); error != cudaSuccess) return error;
+  void copy_piece(uint64_t piece) {
+    const int64_t begin = (piece - first_) * piece_bytes_;
+    const int64_t end = std::min(begin + piece_bytes_, bytes_);
+    char* const to = pinned_ + piece % slots_ * piece_bytes_;
     const llava_host_array* const arrays_end = upload_.arrays + upload_.count;
     for (const llava_host_array* array = upload_.arrays; array != arrays_end; ++array) {
       const int64_t from = std::max(begin, array->place);
@@ -158,48 +167,104 @@ class HostCopier {
         copy_rows(to + from - begin, *array, from - array->place, until - array->place);
       }
     }
-    const cudaError_t error = cudaMemcpyAsync(upload_.there + begin, to, end - begin,
-                                              cudaMemcpyHostToDevice, upload_.stream);
-    return error == cudaSuccess ? cudaEventRecord(event, upload_.stream) : error;
+  }
+
+  bool may_write(uint64_t piece) const {
+    return error_ != cudaSuccess || piece < passed_ + slots_;
+  }
+
+  // What the caller does while it waits for others: queues pieces, and where slots are lacking,
+  // waits for the device to have read some.
+  void advance() {
+    queue_pieces();
+    if (error_ == cudaSuccess && passed_ + slots_ < end_ && passed_ < queued_) {
+      error_ = wait_for(passed_);
+    }
+  }
+
+  bool is_there(uint64_t piece) const {
+    return there_[piece % slots_].load(std::memory_order_acquire) == piece + 1;
+  }
+
+  // Queues the copies of what is there, in order; one copy for pieces that lie behind each other.
+  void queue_pieces() {
+    while (error_ == cudaSuccess && queued_ < end_ && is_there(queued_)) {
+      const uint64_t begin = queued_, slot = begin % slots_;
+      const uint64_t most = std::min(end_, begin + slots_ - slot);
+      uint64_t end = begin + 1;
+      while (end < most && is_there(end)) ++end;
+      const int64_t from = (begin - first_) * piece_bytes_;
+      const int64_t until = std::min<int64_t>((end - first_) * piece_bytes_, bytes_);
+      error_ = cudaMemcpyAsync(upload_.there + from, pinned_ + slot * piece_bytes_, until - from,
+                               cudaMemcpyHostToDevice, upload_.stream);
+      if (error_ != cudaSuccess) return;
+      std::fill_n(run_end_.begin() + slot, end - begin, end);
+      queued_ = end;
+      error_ = cudaEventRecord(event_behind(end), upload_.stream);
+    }
+  }
+
+  // Until the device has read a piece, and with it all that was queued in the same copy.
+  cudaError_t wait_for(uint64_t piece) {
+    const uint64_t end = run_end_[piece % slots_];
+    const cudaError_t error = cudaEventSynchronize(event_behind(end));
+    passed_ = end;
+    return error;
+  }
+
+  cudaEvent_t event_behind(uint64_t end) const {
+    return static_cast<cudaEvent_t>(copied_[(end - 1) % slots_]);
   }
 
   void help() {
     char name[16];
     std::snprintf(name, sizeof(name), "llava-copy:%d", device_);
     pthread_setname_np(pthread_self(), name);
-    // Without the device it helps nobody. The caller asks for the same device, and reports why it
-    // cannot be had.
-    if (cudaSetDevice(device_) != cudaSuccess) return;
-    std::unique_lock lock(mutex_);
+    uint32_t seen = 0;  // the gate's number when this thread was through it, or at the beginning
     for (;;) {
-      work_.wait(lock, [this] { return wanted_ > 0 || closing_; });
+      uint32_t gate = gate_;
+      while (gate / kNext == seen / kNext && !closing_) {
+        gate_.wait(gate);
+        gate = gate_;
+      }
       if (closing_) return;
-      --wanted_;
-      ++helping_;
-      copy_pieces(lock);
-      if (--helping_ == 0) finished_.notify_one();
+      if ((gate & kOpen) == 0) {
+        seen = gate;
+      } else if (gate_.compare_exchange_weak(gate, gate + 1)) {
+        seen = gate;
+        copy_pieces([this](uint64_t piece) {
+          look([&] { return may_write(piece); }, [] {});
+        });
+        gate_.fetch_sub(1);
+      }
     }
   }
+
+  // Fewer pieces are copied before a helper is awake.
+  static constexpr uint64_t kFewest = 4;
+  // The gate: how many helpers are inside, whether more may come in, and behind that a number.
+  static constexpr uint32_t kInside = (1 << 8) - 1, kOpen = 1 << 8, kNext = 1 << 9;
 
   const int device_;
   char* const pinned_;
   const std::vector<void*> copied_;
+  const uint64_t slots_;
   const int64_t piece_bytes_;
   std::vector<std::thread> helpers_;
 
-  // Held for what stands below, never while anything is copied and never in a call to CUDA.
-  std::mutex mutex_;
-  std::condition_variable work_, finished_;
-  Upload upload_{};  // read without the lock by who copies a piece: it stays until all are done
-  int64_t begun_ = 0, total_ = 0;  // bytes
-  cudaError_t error_ = cudaSuccess;
-  int wanted_ = 0;                // helpers that may still join this upload
-  std::atomic<int> helping_ = 0;  // those that joined it; read without the lock by who looks for 0
-  // A ring of the pieces that nobody writes, the one whose copy was queued first in front. A thread
-  // holds one piece at most, and there are no more threads than pieces: it is never empty.
-  std::vector<int> idle_;
-  uint64_t taken_ = 0, given_back_ = 0;
-  bool closing_ = false;
+  // Written by the caller while nobody is inside, or for itself alone.
+  Upload upload_{};
+  int64_t bytes_ = 0;
+  uint64_t first_ = 0, end_ = 0;   // this upload's pieces
+  uint64_t queued_ = 0;            // up to which pieces the device's copies are queued
+  std::vector<uint64_t> run_end_;  // of a slot: up to which piece it was queued in one copy
+  // Shared.
+  std::atomic<uint32_t> gate_ = 0;
+  std::atomic<bool> closing_ = false;
+  std::atomic<uint64_t> begun_ = 0;   // up to which pieces are somebody's
+  std::atomic<uint64_t> passed_ = 0;  // up to which the device has read them
+  std::atomic<cudaError_t> error_ = cudaSuccess;
+  std::vector<std::atomic<uint64_t>> there_;  // of a slot: one more than the piece that it holds
 };
 
 }  // namespace
@@ -207,10 +272,10 @@ class HostCopier {
 // The rest of the library is compiled with hidden symbols.
 #define LLAVA_EXPORT extern "C" __attribute__((visibility("default")))
 
-// A copier to `device` through `pinned`, pieces * piece_bytes, which outlives it as the events do.
-// A piece is written once its event of `copied`, recorded behind its last copy, has passed. At most
-// `threads` copy, of which the caller of `upload` is one; fewer where the system has no more, and
-// never more than `pieces`. NULL if there is no memory.
+// A copier to `device` through `pinned`, pieces * piece_bytes, which outlives it as the events do: one
+// for each piece, for the copier to record behind its copies. At most `threads` copy, of which the
+// caller of `upload` is one; fewer where the system has no more, and never more than `pieces`. NULL
+// if there is no memory.
 LLAVA_EXPORT void* llava_host_copier_open(int device, void* pinned, void* const* copied, int pieces,
                                           int64_t piece_bytes, int threads) {
   try {

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 
 # The threads write pieces of pinned memory in turn, which the device reads meanwhile. Few enough to
-# stay in the processor's caches, and small enough that a picture of 336 x 336 is worth two threads.
-PIECES = 32
-PIECE_BYTES = 256 << 10
+# stay in the processor's caches, and small enough that all threads have a part in most pictures.
+PIECES = 64
+PIECE_BYTES = 128 << 10
 _MOST_THREADS = 8
 
 _HOST_ARRAY = struct.Struct("=qqqqq")  # llava_host_array: source, rows, row_bytes, stride, place

@@ -19,7 +19,7 @@ constexpr int kDevice = 3;  // the only one there is
 
 thread_local int current_device = -1;
 
-enum Helpers : int { kPrompt, kHeld, kSlow, kRefused };
+enum Helpers : int { kPrompt, kHeld, kSlow };
 std::atomic<int> helpers = kPrompt;
 
 bool is_helper() {
@@ -59,10 +59,6 @@ extern "C" {
 
 cudaError_t cudaSetDevice(int device) {
   if (device != kDevice) return cudaErrorInvalidDevice;
-  if (is_helper()) {
-    if (helpers == kRefused) return cudaErrorInvalidDevice;
-    helpers.wait(kHeld);
-  }
   current_device = device;
   return cudaSuccess;
 }
@@ -78,7 +74,6 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return cudaSuccess;
 }
 
-// A copy by another thread may be queued between a thread's own and this: as on a device.
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   const std::lock_guard lock(stream->mutex);
   event->stream = stream;
@@ -87,11 +82,25 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  if (helpers == kSlow && is_helper()) std::this_thread::sleep_for(std::chrono::milliseconds(2));
   if (event->stream == nullptr) return cudaSuccess;
   const std::lock_guard lock(event->stream->mutex);
   event->stream->run_until(event->behind);
   return cudaSuccess;
+}
+
+// Linked with --wrap, these stand between a copier's threads and the first thing that each does,
+// and every row that it copies.
+int __real_pthread_setname_np(pthread_t thread, const char* name);
+int __wrap_pthread_setname_np(pthread_t thread, const char* name) {
+  const int result = __real_pthread_setname_np(thread, name);
+  helpers.wait(kHeld);
+  return result;
+}
+
+void* __real_memcpy(void* to, const void* from, size_t bytes);
+void* __wrap_memcpy(void* to, const void* from, size_t bytes) {
+  if (helpers == kSlow && is_helper()) std::this_thread::sleep_for(std::chrono::microseconds(300));
+  return __real_memcpy(to, from, bytes);
 }
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -109,7 +118,7 @@ FakeEvent* fake_event_new() { return new FakeEvent; }
 void fake_event_free(FakeEvent* event) { delete event; }
 
 // From now on threads of copiers are 0: left alone, 1: held before they are ready, until this is
-// called again, 2: slow to begin what they take, 3: refused the device.
+// called again, 2: slow.
 void fake_helpers(int kind) {
   helpers = kind;
   helpers.notify_all();

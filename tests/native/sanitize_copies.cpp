@@ -1,6 +1,6 @@
 // Copies of arrays by one to eight threads through few small pieces, for the sanitizers: by two
 // copiers at a time, each with many uploads one right after the other, by threads that are prompt,
-// late, slow or of no use. The arrays are freed as soon as an upload returns. Prints how many bytes
+// late or slow. The arrays are freed as soon as an upload returns. Prints how many bytes
 // came; a wrong one ends it.
 #include <atomic>
 #include <chrono>
@@ -37,7 +37,7 @@ namespace {
 
 constexpr int kDevice = 3, kPieces = 16, kThreads = 8, kUploads = 24, kRowBytes = 77, kStride = 101;
 constexpr int64_t kPieceBytes = 512, kPlace = 256;
-constexpr int kPrompt = 0, kHeld = 1, kSlow = 2, kRefused = 3;  // of fake_copies.cpp
+constexpr int kPrompt = 0, kHeld = 1, kSlow = 2;  // of fake_copies.cpp
 
 std::atomic<int64_t> bytes = 0;
 
@@ -95,7 +95,7 @@ void copy(int threads, bool held) {
 }  // namespace
 
 int main() {
-  for (const int helpers : {kPrompt, kHeld, kSlow, kRefused}) {
+  for (const int helpers : {kPrompt, kHeld, kSlow}) {
     for (int threads = 1; threads <= kThreads; ++threads) {
       fake_helpers(helpers);
       std::thread other(copy, kThreads + 1 - threads, helpers == kHeld);

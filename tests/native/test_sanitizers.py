@@ -6,26 +6,32 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.fake_copies import SOURCES as COPY_SOURCES
+from support import fake_copies
 from support.fake_device import PATIENCE, ROOT, SOURCES, compile_native
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 @pytest.mark.parametrize(
-    "driver, sources, output",
+    "driver, sources, flags, output",
     [
-        ("sanitize.cpp", SOURCES, "tokens: "),  # in runs that other threads stop, wake and close
-        ("sanitize_copies.cpp", COPY_SOURCES, "copied: "),
+        # In runs that other threads stop, wake and close.
+        ("sanitize.cpp", SOURCES, ("-O1",), "tokens: "),
+        ("sanitize_copies.cpp", fake_copies.SOURCES, fake_copies.FLAGS, "copied: "),
     ],
 )
 def test_sanitizers_find_nothing(
-    tmp_path: Path, driver: str, sources: list[Path], output: str, sanitizer: str
+    tmp_path: Path,
+    driver: str,
+    sources: list[Path],
+    flags: tuple[str, ...],
+    output: str,
+    sanitizer: str,
 ) -> None:
     """Neither races nor leaks nor what is undefined."""
     program = compile_native(
         tmp_path / "sanitize",
         [ROOT / "tests" / "native" / driver, *sources],
-        "-O1",
+        *flags,
         f"-fsanitize={sanitizer}",
     )
     run = subprocess.run([program], capture_output=True, text=True, timeout=PATIENCE * 4)
