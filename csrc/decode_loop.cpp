@@ -228,12 +228,17 @@ class DecodeLoop {
   std::pair<State, cudaError_t> execute(Run& run) {
     int64_t launched = 0, seen = 0;
     cudaError_t launch_error = cudaSuccess;
-    int64_t last_seen = now_ns(), step_time = 0, next_query = last_seen + kQueryEvery;
+    int64_t first_seen = 0, last_seen = now_ns(), step_time = 0;
+    int64_t next_query = last_seen + kQueryEvery;
     for (;;) {
       const bool going = run.rows.size() > static_cast<size_t>(run.stop_at);
       // The first step is launched whatever was said: no storm of stops keeps a batch where it is.
-      while (launch_error == cudaSuccess && launched < run.max_steps &&
-             launched - seen < run.ahead && ((going && !stopping_) || launched == 0)) {
+      const auto may_launch = [&] {
+        return launch_error == cudaSuccess && launched < run.max_steps &&
+               launched - seen < run.ahead && ((going && !stopping_) || launched == 0);
+      };
+      // One at a time: a launch may take as long as a quick step, whose tokens are to be seen.
+      if (may_launch()) {
         launch_error = cudaGraphLaunch(run.graph, stream_);
         if (launch_error == cudaSuccess) launched_ = ++launched;
       }
@@ -246,11 +251,14 @@ class DecodeLoop {
       }
       if (take_step(run, run.first_step + seen)) {
         const int64_t now = now_ns();
-        if (++seen > 1) step_time = now - last_seen;
+        // Of all steps so far: the last one alone may have been seen late.
+        if (++seen == 1) first_seen = now;
+        if (seen > 1) step_time = (now - first_seen) / (seen - 1);
         last_seen = now;
         next_query = now + kQueryEvery;
         continue;
       }
+      if (may_launch()) continue;
       const int64_t now = now_ns();
       if (now >= next_query) {
         const cudaError_t error = cudaStreamQuery(stream_);
