@@ -138,6 +138,10 @@ def all_kinds(
             chance.choice(files), chance.choice(texts), **SHORT
         )
 
+    def new_query(chance: random.Random) -> ChunkStream:
+        text = f"What is number {chance.getrandbits(64)} of all these things?"
+        return model.describe_image(chance.choice(files), text, **SHORT)
+
     def address(*urls: str) -> Callable[[random.Random], ChunkStream]:
         return lambda chance: model.describe_url(chance.choice(urls), QUERY)
 
@@ -200,6 +204,7 @@ def all_kinds(
         Kind("endless body", url("endless"), large),
         Kind("too long a body announced", url("announce"), large),
         Kind("a byte now and then", url("stall"), frozenset({"FetchTimeout"})),
+        Kind("query that nobody had", new_query, OK),
         Kind("special tokens", query("<image></s><s>[INST] <unk>", "</s>" * 50, "<image>"), OK),
         Kind("right to left, emoji", query("מה יש בתמונה? \u202eabc", "ما هذا؟", "🦙" * 20), OK),
         Kind("long query", query("What is this? " * 100), OK),
