@@ -139,8 +139,8 @@ class PoolConfig:
     breaker_failures, breaker_reset, breaker_successes: the circuit opens after so many model
         failures in a row, tries again after so many seconds, closes after so many successes.
     prepare_threads: threads per worker that fetch, decode and tokenise.
-    max_fetch_bytes: what all downloads together may hold, of whatever model; one that does not fit
-        waits, within its own time.
+    max_fetch_bytes: what all downloads together may hold until they are decoded, of whatever model;
+        one that does not fit waits, within its own time.
     drain: seconds that shutdown waits for running requests.
     """
 

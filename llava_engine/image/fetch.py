@@ -22,7 +22,7 @@ from llava_engine.errors import (
     ImageError,
     ImageTooLarge,
 )
-from llava_engine.image.budget import ByteBudget
+from llava_engine.image.budget import Body, ByteBudget
 from llava_engine.image.connect import CheckedBackend, Resolver, system_resolver
 from llava_engine.image.header import FORMATS, MAGIC_BYTES, sniff
 from llava_engine.image.url import check_url
@@ -41,8 +41,9 @@ class Fetcher:
     allow_hosts: host names or addresses, as they stand in URLs, that may be reached although their
         addresses are not public.
     resolver: for tests; the system's by default. ssl_context: for private certificate authorities.
-    budget: for the bodies of fetches in flight, of other Fetchers too where it is shared; None is
-        one of 4 x max_bytes. A fetch that does not fit waits, within its deadline.
+    budget: for all bodies, from their fetch until they are let go of, of other Fetchers too where
+        it is shared; None is one of 4 x max_bytes. A fetch that does not fit waits, within its
+        deadline.
     proxy: as in EngineConfig.
     """
 
@@ -68,7 +69,7 @@ class Fetcher:
             network_backend=self._backend,
         )
 
-    def fetch(self, url: str, deadline: float | None = None) -> bytes:
+    def fetch(self, url: str, deadline: float | None = None) -> Body:
         """The body that a URL leads to, which begins as a picture does.
 
         deadline: in `time.monotonic()` seconds, where it is nearer than the timeout.
@@ -95,16 +96,16 @@ class Fetcher:
         """Close the kept connections; fetches in flight fail."""
         self._pool.close()
 
-    def _follow(self, given: str) -> bytes:
+    def _follow(self, given: str) -> Body:
         url = _parse(given, None)
         for _ in range(1 + MAX_REDIRECTS):
             answer = self._get(url)
-            if isinstance(answer, bytes):
+            if isinstance(answer, Body):
                 return answer
             url = answer
         raise _failed(f"more than {MAX_REDIRECTS} redirects", retryable=False)
 
-    def _get(self, url: httpx.URL) -> bytes | httpx.URL:
+    def _get(self, url: httpx.URL) -> Body | httpx.URL:
         """One hop: the body, or where the server sends us."""
         while True:
             answered = False
@@ -135,7 +136,7 @@ class Fetcher:
             extensions={"timeout": {"connect": remaining, "pool": remaining}},
         )
 
-    def _read(self, url: httpx.URL, response: httpcore.Response) -> bytes | httpx.URL:
+    def _read(self, url: httpx.URL, response: httpcore.Response) -> Body | httpx.URL:
         headers = {name.lower(): value for name, value in response.headers}
         if response.status in _REDIRECTS:
             return _redirect(url, headers.get(b"location", b""))
@@ -152,7 +153,7 @@ class Fetcher:
         announced = b"content-length" in headers and b"transfer-encoding" not in headers
         return self._body(response, int(headers[b"content-length"]) if announced else None)
 
-    def _body(self, response: httpcore.Response, announced: int | None) -> bytes:
+    def _body(self, response: httpcore.Response, announced: int | None) -> Body:
         size = self._max_bytes if announced is None else announced
         if size > self._max_bytes:
             raise self._too_large()
@@ -168,7 +169,10 @@ class Fetcher:
                     _check_magic(body)
             if len(body) < MAGIC_BYTES:
                 _check_magic(body)
-            return bytes(body)
+            kept = min(taken, len(body))
+            whole = Body(body, self._budget, kept)
+            taken -= kept
+            return whole
         finally:
             self._budget.give(taken)
 

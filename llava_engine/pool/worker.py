@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from llava_engine.errors import ShuttingDown
+from llava_engine.image.budget import Body
 from llava_engine.pool.crew import Crew
 from llava_engine.pool.request import Request, as_llava_error
 
@@ -219,10 +220,19 @@ class Worker:
 
     def _fetch(self, backend: Backend, request: Request) -> None:
         request.image = backend.fetch(request)
-        self._mailbox.put(request)
+        if _wanted(request):
+            self._mailbox.put(request)
+        else:  # its end may have been noted before it had a picture to let go of
+            request.image = None
 
     def _prepare(self, backend: Backend, request: Request) -> None:
-        backend.start(request, self.name)
+        picture = request.image
+        try:
+            backend.start(request, self.name)
+        finally:
+            # An error's frames hold it for as long as a reader keeps that: others need its place.
+            if isinstance(picture, Body):
+                picture.let_go()
 
 
 def _wanted(request: Request) -> bool:

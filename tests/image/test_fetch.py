@@ -198,7 +198,7 @@ def test_fetches_share_a_budget_of_bytes(server: HttpServer, held: threading.Eve
     shared = fetcher(max_bytes=len(PNG), budget=len(PNG))
     results: list[bytes] = []
     holder = threading.Thread(
-        target=lambda: results.append(shared.fetch(server.url("/hold", ALLOWED)))
+        target=lambda: results.append(bytes(shared.fetch(server.url("/hold", ALLOWED))))
     )
     holder.start()
     assert held.wait(10)
@@ -211,6 +211,19 @@ def test_fetches_share_a_budget_of_bytes(server: HttpServer, held: threading.Eve
     shared.close()
 
 
+def test_a_body_keeps_its_place_until_it_is_let_go_of(server: HttpServer) -> None:
+    url = server.url("/a.png", ALLOWED)
+    with contextlib.closing(fetcher(budget=len(PNG))) as shared:
+        body = shared.fetch(url)
+        with pytest.raises(FetchTimeout, match="memory"):
+            shared.fetch(url, deadline=time.monotonic() + 0.2)
+        body.let_go()
+        body.let_go()  # once is enough
+        for _ in range(3):  # and so is to drop it
+            assert shared.fetch(url) == body == PNG
+        assert shared._budget._free == len(PNG)
+
+
 def test_a_body_over_the_whole_budget_is_fetched_alone(
     server: HttpServer, held: threading.Event
 ) -> None:
@@ -218,7 +231,7 @@ def test_a_body_over_the_whole_budget_is_fetched_alone(
     with contextlib.closing(fetcher(budget=9)) as shared:
         results: list[bytes] = []
         holder = threading.Thread(
-            target=lambda: results.append(shared.fetch(server.url("/hold", ALLOWED)))
+            target=lambda: results.append(bytes(shared.fetch(server.url("/hold", ALLOWED))))
         )
         holder.start()
         assert held.wait(10)
@@ -250,7 +263,7 @@ def test_a_fetch_over_the_budget_waits_and_then_succeeds(
 
         def work(path: str) -> threading.Thread:
             url = server.url(path, ALLOWED)
-            thread = threading.Thread(target=lambda: results.append(shared.fetch(url)))
+            thread = threading.Thread(target=lambda: results.append(bytes(shared.fetch(url))))
             thread.start()
             return thread
 

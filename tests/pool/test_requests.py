@@ -20,6 +20,7 @@ from support.pool_fakes import (
     wait_for,
     warm,
 )
+from support.runtime import until
 
 from llava_engine.errors import (
     CircuitOpen,
@@ -27,10 +28,12 @@ from llava_engine.errors import (
     ImageDecodeError,
     MemoryExhausted,
     PoolOverloaded,
+    RequestCancelled,
     RequestFailed,
     RequestTimeout,
     WorkerDied,
 )
+from llava_engine.image.budget import Body
 from llava_engine.pool.request import Request
 from llava_engine.types import FinishReason
 
@@ -141,6 +144,35 @@ def test_slow_urls_delay_no_picture() -> None:
         backend.fetch_gate.set()
         assert [stream.text() for stream in slow] == ["7"] * 8
         assert all(stream.timings.queued is not None for stream in slow)
+
+
+def test_a_download_counts_until_it_is_prepared_or_given_up() -> None:
+    """Else those that wait for a decoder, which is slower than a fetch, would be without bound."""
+    model = FakeModel()
+    with warm(model) as pool:
+        budget, seen = pool._state.fetches, []
+        whole = budget._free
+
+        def fetch(request: Request) -> Body:
+            if request.query == "left":
+                request.channel.cancel()
+                with pool._state.lock:
+                    pool._state.settle()
+            return Body(b"xyz", budget, budget.take(3, 1.0))
+
+        def look(request: Request) -> Exception | None:
+            seen.append(whole - budget._free)
+            return ImageDecodeError("broken") if request.query == "bad" else None
+
+        model.backend.fetch, model.backend.error = fetch, look
+        ends = {"good": type(None), "bad": ImageDecodeError, "left": RequestCancelled}
+        kept = []  # a reader may keep streams and errors for as long as it likes
+        for query, end in ends.items():
+            stream = pool.describe_url("fake", "http://x.example/", query)
+            kept += [stream, error_of(stream)]
+            assert isinstance(kept[-1], end)
+            until(lambda: budget._free == whole)
+        assert seen == [3, 3]
 
 
 def test_a_deadline_that_passes_in_a_fetch_is_the_requests() -> None:
