@@ -39,7 +39,7 @@ from llava_engine.runtime.failures import LOST, device_lost
 from llava_engine.runtime.runtime import DeviceRuntime
 from llava_engine.runtime.sequence import Picture, Sequence
 from llava_engine.text.detokenizer import Detokenizer
-from llava_engine.text.prompt import build_prompt, check_length
+from llava_engine.text.prompt import build_prompt, check_length, check_prompt
 from llava_engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -173,7 +173,13 @@ class ModelBackend:
     def fetch(self, request: Request) -> bytes:
         """See Backend."""
         assert request.url is not None
-        check_length(request.query, self._runtime.max_model_len)
+        check_prompt(
+            self._tokenizer,
+            self._info.prompt_template,
+            request.query,
+            self._model_config.image_tokens,
+            self._runtime.max_model_len,
+        )
         return self._open_fetcher(request.fetches).fetch(request.url, request.channel.deadline)
 
     def start(self, request: Request, worker: str) -> None:

@@ -48,6 +48,25 @@ def check_length(query: str, max_model_len: int) -> None:
         )
 
 
+def check_prompt(
+    tokenizer: Tokenizer, template: str, query: str, image_length: int, max_model_len: int
+) -> None:
+    """Raise PromptTooLong or InvalidQuery for a query that would end so once its picture is here.
+
+    Before a fetch, so that nobody is asked for a picture that cannot be asked about.
+    """
+    check_length(query, max_model_len)
+    _check_text(query)
+    if len(query.encode()) + len(template) + image_length < max_model_len:
+        return  # a token has a byte at least
+    length = len(_encode(tokenizer, template, query)) - 1 + image_length
+    if length >= max_model_len:
+        raise PromptTooLong(
+            f"The prompt has {length} tokens; the model's context of {max_model_len} leaves no "
+            "room for an answer."
+        )
+
+
 def build_prompt(
     tokenizer: Tokenizer,
     template: str,
@@ -67,23 +86,32 @@ def build_prompt(
     placeholders. Raises InvalidQuery for text that cannot be encoded and WeightsError where
     tokenizer and model disagree on the image token.
     """
+    _check_text(query)
+    if tokenizer.image_token_id != image_token_id:
+        raise WeightsError(
+            f"The model's image token is {image_token_id}, "
+            f"but the tokenizer's {tokenizer.image_token!r} is {tokenizer.image_token_id}."
+        )
+    ids = _encode(tokenizer, template, query)
+    offset = ids.index(image_token_id)
+    ids[offset : offset + 1] = placeholder_ids(image_key, image_length)
+    return Prompt(ids, offset, image_length)
+
+
+def _check_text(query: str) -> None:
     if "\0" in query:
         raise InvalidQuery("The query holds a NUL character.")
     try:
         query.encode()
     except UnicodeEncodeError as error:
         raise InvalidQuery("The query holds a lone surrogate, which is no text.") from error
-    if tokenizer.image_token_id != image_token_id:
-        raise WeightsError(
-            f"The model's image token is {image_token_id}, "
-            f"but the tokenizer's {tokenizer.image_token!r} is {tokenizer.image_token_id}."
-        )
+
+
+def _encode(tokenizer: Tokenizer, template: str, query: str) -> list[int]:
+    """The prompt's ids with one for the picture."""
     before, _, after = template.partition("{query}")
     before = before.replace("<image>", tokenizer.image_token)
-    ids = tokenizer.encode_around(before, query, after)
-    offset = ids.index(image_token_id)
-    ids[offset : offset + 1] = placeholder_ids(image_key, image_length)
-    return Prompt(ids, offset, image_length)
+    return tokenizer.encode_around(before, query, after)
 
 
 def placeholder_ids(key: bytes, length: int) -> list[int]:

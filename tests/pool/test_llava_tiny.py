@@ -26,7 +26,9 @@ from llava_engine import (
     BlockedAddress,
     EngineConfig,
     FetchTimeout,
+    InvalidQuery,
     PoolConfig,
+    PromptTooLong,
     VisionModel,
     WorkerDied,
     WorkerPool,
@@ -90,6 +92,25 @@ def test_a_url_through_the_proxy_that_the_configuration_names(pool: WorkerPool) 
             tiny.describe_url(server.url("/scene.png"), QUERY, max_new_tokens=2).text()
     assert [request.target for request in proxy.requests] == ["93.184.215.14:80"]
     assert server.connections == 1
+
+
+def test_queries_are_judged_before_a_fetch_and_ask_for_none(tiny: VisionModel) -> None:
+    encoded = io.BytesIO()
+    picture().save(encoded, "PNG")
+    refused = [("NUL \0", InvalidQuery), ("lone \ud800", InvalidQuery)]
+    long = ("word " * 2_000, "\u05de" * 900, "x" * (1 << 20))
+    refused += [(text, PromptTooLong) for text in long]
+    with HttpServer({"/scene.png": encoded.getvalue()}) as server:
+        url = server.url("/scene.png")
+        for query, error in refused:
+            with pytest.raises(error):
+                tiny.describe_url(url, query).text()
+        # A URL in a question is text.
+        tiny.describe_image(picture(), f"What is at {url} ?", max_new_tokens=2).text()
+        assert server.connections == 0
+        for query in (QUERY, "is it? " * 200):  # the second has more bytes than tokens may be
+            tiny.describe_url(url, query, max_new_tokens=2).text()
+        assert server.connections == 1
 
 
 def test_downloads_of_all_models_share_one_budget() -> None:
