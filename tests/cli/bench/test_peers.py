@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,3 +209,45 @@ def test_the_compiled_peer_answers_the_same(setting, answers):
     assert found["missing"] is None
     assert [run["max_concurrency"] for run in found["runs"]] == [1]
     assert found["outputs"]["compared"] == 2 and comparison.agree(found)
+
+
+def test_vllm_is_asked_for_the_same(setting, monkeypatch):
+    """Its offline API as of 0.26, by a stand-in: it is on none of the machines that run this."""
+    made: dict[str, object] = {}
+    asked = []
+
+    class LLM:
+        def __init__(self, **options: object) -> None:
+            made.update(options)
+
+        def generate(self, prompts: list, sampling: SimpleNamespace, use_tqdm: bool) -> list:
+            asked.append((prompts, sampling.max_tokens))
+            assert (sampling.temperature, sampling.ignore_eos, use_tqdm) == (0, True, False)
+            answer = SimpleNamespace(token_ids=tuple(range(sampling.max_tokens)))
+            return [SimpleNamespace(prompt_token_ids=[1] * 9, outputs=[answer]) for _ in prompts]
+
+    stand_in = SimpleNamespace(LLM=LLM, SamplingParams=lambda **given: SimpleNamespace(**given))
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    monkeypatch.setattr(peers, "version", lambda library: "0.26.0")
+    with pytest.raises(peers.Missing, match="GPUs"):
+        peers.Vllm(setting)
+    peer = peers.Vllm(dataclasses.replace(setting, device="cuda:0"))
+    assert made["enable_prefix_caching"] is False
+    assert (made["model"], made["dtype"], made["max_model_len"]) == (
+        setting.source,
+        setting.dtype,
+        setting.context,
+    )
+    records = peer.run([3, 4], NEW_TOKENS)
+    assert [tokens for _, tokens in asked] == [
+        1,
+        NEW_TOKENS,
+    ]  # the first token's time is the first's
+    prompts = asked[-1][0]
+    assert [prompt["prompt"] for prompt in prompts] == [setting.prompt] * 2
+    assert prompts[1]["multi_modal_data"]["image"] == setting.picture(4)
+    for number, record in zip([3, 4], records, strict=True):
+        assert record.number == number and record.token_ids == list(range(NEW_TOKENS))
+        assert (record.prompt_tokens, record.output_tokens) == (9, NEW_TOKENS)
+        assert record.submitted <= record.arrivals[0] <= record.ended
+    peer.close()
