@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from support.pool_fakes import FakeProbe, make_pool
 
 import llava_engine
 from llava_engine import EngineConfig, MemoryExhausted, UnknownModel, VisionModel, WorkerPool
-from llava_engine.pool.sizing import Need
+from llava_engine.pool.sizing import DeviceMemory, Need, plan_workers
 
 PICTURE = np.zeros((2, 2, 3), dtype=np.uint8)
 
@@ -65,6 +66,20 @@ def test_a_directory(kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     pixels = EngineConfig().pixel_cache_mb
     assert model._spec.need("cuda:0") == Need(40 + 128, 128, 1024 + pixels)
     assert model._spec.need("cpu") == Need(2 * (40 + 128) + pixels, 2 * 128, 0)
+
+
+def test_the_7b_as_a_directory_has_two_workers_in_nf4_on_a_card_of_8_gb(tmp_path: Path) -> None:
+    """As under its name, whose record has what is derived here."""
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    os.truncate(file, 14_130_000_000)  # of which nothing is written
+    card, host = DeviceMemory("cuda:0", 8188, 8000), DeviceMemory("cpu", 32_768, 32_768)
+    for quantization, workers in ((None, 0), ("int8", 0), ("nf4", 2)):
+        spec = llava_engine.get(tmp_path, EngineConfig(quantization=quantization))._spec
+        need = spec.need("cuda:0")
+        plan = plan_workers(need, [card], host, {}, fraction=0.8, wanted=2)
+        assert len(plan.placements) == workers
+        assert ("nf4" in spec.smaller("cuda:0")) == (quantization != "nf4")
 
 
 def test_a_registered_name_comes_before_a_directory(

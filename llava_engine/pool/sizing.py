@@ -23,6 +23,9 @@ _LEFT = 8
 """An eighth of the weights is not quantised: embedding, head, vision tower, projector."""
 _BITS = {"nf4": 4.25, "int8": 8.1, "fp8": 8.1}
 """Of a weight, its part of the scales included."""
+_LESS_SHARE = {"nf4": 4, "int8": 2, "fp8": 2}
+"""Who quantises has little room: a worker's share is divided by it where no record has one."""
+_LEAST_SHARE_MB = 128
 _MIB = 1 << 20
 
 
@@ -174,7 +177,10 @@ def _share_estimate_mb(info: ModelInfo, quantization: str | None) -> int:
     for estimate in info.est_quantised:
         if estimate.quantization == quantization:
             return estimate.worker_share_mb
-    return info.est_worker_share_mb or info.est_memory_allocation_mb // 4
+    whole = info.est_worker_share_mb or info.est_memory_allocation_mb // 4
+    if quantization is None:
+        return whole
+    return min(whole, max(_LEAST_SHARE_MB, whole // _LESS_SHARE[quantization]))
 
 
 def _weights_estimate_mb(info: ModelInfo, config: EngineConfig, scale: int) -> int:

@@ -333,8 +333,10 @@ def test_formats_that_no_record_has_are_derived() -> None:
     ):
         need = estimate_need(info, config, "cuda:0")
         size = (products * bits / 8 + (parameters - products) * 2) / (1 << 20)
-        assert need.next_mb == whole.next_mb
+        assert need.next_mb == whole.next_mb // (16 // bits)
         assert size < need.first_mb - need.next_mb < 1.25 * size
+    tiny = estimate_need(lookup("llava-tiny"), EngineConfig(quantization="nf4"), "cuda:0")
+    assert tiny.next_mb == lookup("llava-tiny").est_worker_share_mb  # there is little to divide
 
 
 def test_on_the_cpu_what_is_not_quantised_takes_32_bits() -> None:
