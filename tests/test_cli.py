@@ -329,10 +329,14 @@ def test_doctor(capsys):
     assert found["cuda_available"] == torch.cuda.is_available()
     assert len(found["gpus"]) >= torch.cuda.device_count()
     assert found["memory"]["total_mb"] <= psutil.virtual_memory().total >> 20
-    assert set(found["packages"]) == {"bitsandbytes", "flash-attn", "prometheus-client"}
+    extras = {"bitsandbytes", "flash-attn", "nvidia-nvimgcodec-cu13", "prometheus-client"}
+    assert set(found["packages"]) == extras
     assert found["packages"]["prometheus-client"]
     assert found["formats"] == ["fp8", "int8", "nf4"]
-    assert found["workers"]["llava-tiny"] == {"16 bits": 2, "int8": 2, "fp8": 2, "nf4": 2}
+    whole = "16 bits" if found["gpus"] and found["kernels"] else "32 bits"
+    assert found["workers"]["llava-tiny"] == {whole: 2, "int8": 2, "fp8": 2, "nf4": 2}
+    sizes = found["first_worker_mb"]["llava-1.5-7b"]
+    assert sizes[whole] > 2 * sizes["nf4"] > 2 * 4_300
     if not found["gpus"]:
         assert any("GPU" in line for line in found["advice"])
     assert cli.main(["doctor"]) == 0
@@ -340,6 +344,8 @@ def test_doctor(capsys):
     assert torch.__version__ in text
     for line in found["advice"]:
         assert line in text
+    row = next(line for line in text.splitlines() if line.startswith("workers of llava-1.5-7b"))
+    assert f" in nf4 ({sizes['nf4']} MiB)" in row
 
 
 def test_doctor_without_bitsandbytes(capsys, monkeypatch):
@@ -355,7 +361,7 @@ def test_doctor_without_bitsandbytes(capsys, monkeypatch):
     assert cli.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["formats"] == ["fp8"]
-    assert set(found["workers"]["llava-1.5-7b"]) == {"16 bits", "fp8"}
+    assert set(found["workers"]["llava-1.5-7b"]) - {"16 bits", "32 bits"} == {"fp8"}
 
 
 def test_describe_quantised(capsys):

@@ -39,7 +39,7 @@ def doctor(args: argparse.Namespace) -> None:
         ("hub", f"{found['hub']['endpoint']}{offline}"),
         ("hub cache", found["hub"]["cache"]),
         ("formats", ", ".join(found["formats"])),
-        *((f"workers of {name}", _counts(counts)) for name, counts in found["workers"].items()),
+        *((f"workers of {name}", _fitting(found, name)) for name in found["workers"]),
         *((name, version or "not installed") for name, version in found["packages"].items()),
     ]
     print_table(rows)
@@ -58,7 +58,7 @@ def _findings() -> dict[str, Any]:
     from llava_engine.pool.sizing import SystemProbe
 
     packages: dict[str, str | None] = {}
-    for name in ("bitsandbytes", "flash-attn", "prometheus-client"):
+    for name in ("bitsandbytes", "flash-attn", "nvidia-nvimgcodec-cu13", "prometheus-client"):
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -66,6 +66,7 @@ def _findings() -> dict[str, Any]:
     formats = ["fp8", *(("int8", "nf4") if packages["bitsandbytes"] else ())]
     there, nvml = gpus()
     memory = SystemProbe().host()
+    workers, first_worker_mb = _workers(formats)
     found: dict[str, Any] = {
         "llava_engine": llava_engine.__version__,
         "python": platform.python_version(),
@@ -77,7 +78,8 @@ def _findings() -> dict[str, Any]:
         "kernels": kernels_missing() is None,
         "memory": {"total_mb": memory.total_mb, "free_mb": memory.free_mb},
         "formats": formats,
-        "workers": _workers(formats),
+        "workers": workers,
+        "first_worker_mb": first_worker_mb,
         "packages": packages,
         "hub": {
             "endpoint": hub.ENDPOINT,
@@ -88,38 +90,43 @@ def _findings() -> dict[str, Any]:
     return {**found, "advice": _advice(found)}
 
 
-def _counts(workers: dict[str, int]) -> str:
-    return ", ".join(f"{count} in {name}" for name, count in workers.items())
+def _fitting(found: dict[str, Any], model: str) -> str:
+    sizes = found["first_worker_mb"][model]
+    counts = found["workers"][model].items()
+    return ", ".join(f"{count} in {name} ({size(sizes[name])})" for name, count in counts)
 
 
-def _workers(formats: list[str]) -> dict[str, dict[str, int]]:
-    """How many workers of each registered model fit now, by format, if nothing else runs."""
+def _workers(formats: list[str]) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+    """How many workers of each registered model fit now, by format, if nothing else runs; and what
+    the first one would take where models run here."""
     from llava_engine.pool.backend import candidate_devices
-    from llava_engine.pool.sizing import SystemProbe, estimate_need, formats_needed, plan_workers
+    from llava_engine.pool.sizing import (
+        HOST,
+        SystemProbe,
+        estimate_need,
+        formats_needed,
+        plan_workers,
+    )
 
     config, limits, probe = llava_engine.EngineConfig(), llava_engine.PoolConfig(), SystemProbe()
     host = probe.host()
     devices = candidate_devices(config, probe.gpus(), host)
-    found = {}
+    device = devices[0].name
+    whole = "32 bits" if device == HOST else "16 bits"
+    fraction, wanted = limits.memory_fraction, limits.max_workers
+    counts, sizes = {}, {}
     for info in llava_engine.models():
-        device = devices[0].name
-        needs = {"none": estimate_need(info, config, device)}
-        needs.update(formats_needed(info, config, device))
-        found[info.registry_key] = {
-            "16 bits" if name == "none" else name: len(
-                plan_workers(
-                    need,
-                    devices,
-                    host,
-                    {},
-                    fraction=limits.memory_fraction,
-                    wanted=limits.max_workers,
-                ).placements
+        smaller = formats_needed(info, config, device)
+        needs = {whole: estimate_need(info, config, device)}
+        needs.update({name: smaller[name] for name in smaller if name in formats})
+        counts[info.registry_key] = {
+            name: len(
+                plan_workers(need, devices, host, {}, fraction=fraction, wanted=wanted).placements
             )
             for name, need in needs.items()
-            if name in ("none", *formats)
         }
-    return found
+        sizes[info.registry_key] = {name: need.first_mb for name, need in needs.items()}
+    return counts, sizes
 
 
 def _advice(found: dict[str, Any]) -> list[str]:
@@ -136,6 +143,11 @@ def _advice(found: dict[str, Any]) -> list[str]:
     if found["gpus"] and not found["packages"]["flash-attn"]:
         advice.append(
             'llava-engine[flash] adds attention="flash_attn" for prompts (not measured yet).'
+        )
+    if found["gpus"] and not found["packages"]["nvidia-nvimgcodec-cu13"]:
+        advice.append(
+            'llava-engine[gpu-decode] adds image_decode="gpu": JPEGs several times faster, with '
+            "pixels that differ a little."
         )
     if not found["packages"]["prometheus-client"]:
         advice.append("Install llava-engine[metrics] to export the pool's figures.")
