@@ -6,15 +6,13 @@ processes run `llava-engine bench` on it, one after the other; the first does no
 first token" is measured from here, with what it takes to start a process; the stages are the
 package's own. --gigabytes takes fewer layers, --model something that is there.
 
-    python bench/cold_start.py [--gigabytes 14] [--repeats 5] [--device cuda] [--json PATH]
+    python -m bench.cold_start [--gigabytes 14] [--repeats 5] [--device cuda] [--json PATH]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -27,6 +25,7 @@ from typing import Any
 
 import torch
 
+from bench.about import about
 from bench.load import make_checkpoint
 from llava_engine.demo import model_dir
 
@@ -87,11 +86,8 @@ def main() -> None:
     print("medians:", medians)
     if arguments.json:
         record = {
-            "commit": os.environ.get("COMMIT", "unknown"),
+            **about(),
             "device": runs[0]["where"]["names"][0],
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "cores": len(os.sched_getaffinity(0)),
             "gigabytes": arguments.gigabytes if arguments.model is None else None,
             "model": arguments.model,
             "start_to_first_token_s": medians[TOTAL],

@@ -6,7 +6,7 @@ engine's times are those at which its native loop saw the tokens; the reader's a
 Python thread had the chunk in its hands. Then the first token alone: from pixels in memory, of a
 picture seen before, from a JPEG's bytes, and from pixels with prefill="fp8".
 
-    python bench/decode.py [--kernels auto|reference] [--prefill-chunk N] [--at-once N ...]
+    python -m bench.decode [--kernels auto|reference] [--prefill-chunk N] [--at-once N ...]
                            [--quantization nf4|int8|fp8] [--json PATH]
 """
 
@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import io
 import json
-import os
 import statistics
 import tempfile
 import threading
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench.about import about
 from bench.decode_step import DEVICE, READ_BYTES_PER_S, floor_ms, make_model
 from llava_engine import EngineConfig, SamplingParams
 from llava_engine.image.load import LoadedImage
@@ -243,9 +243,7 @@ def main() -> None:
         firsts["first_token_pixels_fp8_ms"] = bench.first_token_ms(pictures.__getitem__, 100)
         bench.runtime.close()
     record = {
-        "commit": os.environ.get("COMMIT", "unknown"),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **about(),
         "kernels": arguments.kernels,
         "prefill_chunk": arguments.prefill_chunk,
         "quantization": arguments.quantization,

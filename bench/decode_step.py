@@ -4,14 +4,13 @@ A step is embedding, decoder, head and greedy sampling as one CUDA graph, every 
 context of 665 tokens. Its floor is the time to read the weights and the keys and values once at an
 H100's rate of reading (shared/performance.md). Variants of the same step run side by side.
 
-    python bench/decode_step.py [--json PATH] [--rows 1 2 ...] [--quantization nf4|int8|fp8]
+    python -m bench.decode_step [--json PATH] [--rows 1 2 ...] [--quantization nf4|int8|fp8]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from bench.about import about
 from llava_engine.kernels import linear, quant_linear
 from llava_engine.kernels.library import programmatic_launch, require_kernels
 from llava_engine.kernels.sampling import sample
@@ -206,9 +206,7 @@ def main() -> None:
             results.append(row)
             print({name: round(value, 3) for name, value in row.items()}, flush=True)
     record = {
-        "commit": os.environ.get("COMMIT", "unknown"),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **about(),
         "quantization": arguments.quantization,
         "context": CONTEXT,
         "read_bytes_per_s": READ_BYTES_PER_S,

@@ -5,14 +5,13 @@ prefilled one by one in both ways. llava-tiny, whose heads are too narrow for th
 references on the CPU: questions about scenes that it never trained on, answered in both ways, and
 once more in the first, since batching alone can tip a near tie. With --prompts 0 no GPU is needed.
 
-    python bench/fp8.py [--prompts N] [--scenes N] [--json PATH]
+    python -m bench.fp8 [--prompts N] [--scenes N] [--json PATH]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 
 import llava_engine
+from bench.about import about
 from bench.decode import Words
 from bench.decode_step import DEVICE, make_model
 from bench.demo_model.evaluate import MAX_NEW, Case, Table, make_cases
@@ -161,8 +161,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     record: dict[str, object] = {
-        "commit": os.environ.get("COMMIT", "unknown"),
-        "torch": torch.__version__,
+        **about(),
     }
     if arguments.scenes:
         record["llava_tiny"] = tiny(arguments.scenes)

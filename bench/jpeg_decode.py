@@ -5,7 +5,7 @@ after warm ones; then with several threads at once. With the mean and the larges
 two decoders' pixels in levels, and, for the pictures of nvImageCodec's own choice, what each of its
 backends (the GPU's JPEG engines, its kernels) and simple upsampling would have taken and given.
 
-    python bench/jpeg_decode.py [--repeats 9] [--json PATH]
+    python -m bench.jpeg_decode [--repeats 9] [--json PATH]
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import argparse
 import functools
 import io
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench.about import about
 from llava_engine.image.gpu_decode import GpuJpegDecoder, Lane, jpeg_decoder
 from llava_engine.image.gpu_decode import _CudaLane as CudaLane
 from llava_engine.image.load import load_image
@@ -139,11 +138,7 @@ def main() -> None:
     opened = time.perf_counter() - begin
     assert decoder is not None
     record: dict[str, Any] = {
-        "commit": os.environ.get("COMMIT", "unknown"),
-        "device": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)),
+        **about(),
         "import_and_first_picture_s": round(opened, 3),
         "files": {},
         "threads": {},

@@ -8,16 +8,14 @@ and values, which need no paging. "dense prefill" is EngineConfig(attention="tor
 the step's own keys or gathered ones, beside cuDNN for whole prompts and flash without the gathering
 for chunks; the "attention" case of the same sizes is attention="paged".
 
-    python bench/kernels.py [--json PATH]
+    python -m bench.kernels [--json PATH]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from bench.about import about
 from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.attention import attention_workspace, paged_attention
 from llava_engine.kernels.fp8 import FP8, quantize_rows, rms_norm_fp8
@@ -453,20 +452,13 @@ def main() -> None:
             )
     if arguments.json:
         record = {
-            "commit": os.environ.get("COMMIT") or _commit(),
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
+            **about(),
             "copy_gb_per_s": ceiling,
             "matmul_tflop_per_s": products,
             "cudnn_first_call_ms": first_cudnn,
             "rows": rows,
         }
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _commit() -> str:
-    git = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

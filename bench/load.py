@@ -12,7 +12,7 @@ have room; they are deleted). Ways, each to a model whose memory torch has cache
 
 With --readers and --piece-mb load_model is also tried with other numbers of threads and buffers.
 
-    python bench/load.py [GB ...] [--device cuda] [--stored float16] [--dtype float16] [--json PATH]
+    python -m bench.load [GB ...] [--device cuda] [--stored float16] [--dtype float16] [--json PATH]
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -32,6 +30,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from bench.about import about
 from bench.decode_step import SHAPE
 from llava_engine.network import tensor_reader
 from llava_engine.network.llava import LlavaConfig, LlavaModel
@@ -174,11 +173,8 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     record = {
-        "commit": os.environ.get("COMMIT", "unknown"),
+        **about(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)),
         "stored": arguments.stored,
         "dtype": arguments.dtype,
         "readers": tensor_reader.READERS,

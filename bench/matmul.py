@@ -5,19 +5,19 @@ the residual and the next norm, gate and up with SiLU: ours in one kernel (and a
 with the kernels that the engine has for the rest. Then all four, layer after layer, as a chain, and
 ours in float8 without the quantising. Replays of CUDA graphs over the weights of eight layers.
 
-    python bench/matmul.py [--rows 602 1024 ...] [--json PATH]
+    python -m bench.matmul [--rows 602 1024 ...] [--json PATH]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from bench.about import about
 from bench.vision import replay_ms
 from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.library import require_kernels
@@ -164,9 +164,7 @@ def main() -> None:
         print(json.dumps(line), flush=True)
         lines.append(line)
     record = {
-        "commit": os.environ.get("COMMIT", "unknown"),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **about(),
         "ours_then_cublas": lines,
     }
     if arguments.json:

@@ -11,15 +11,13 @@ cache holds them; the filter's weights for that size are known. Medians, in mill
     pillow_ms   the CPU path: Pillow's resize, crop, levels to float32
     resize_ms   of that, Image.resize alone
 
-    python bench/preprocess.py [HEIGHTxWIDTH ...] [--repeats 200] [--json PATH]
+    python -m bench.preprocess [HEIGHTxWIDTH ...] [--repeats 200] [--json PATH]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench.about import about
 from llava_engine.image.load import LoadedImage
 from llava_engine.image.preprocess import ImageProcessorConfig, decoded_picture, preprocess
 from llava_engine.kernels.library import require_kernels
@@ -148,11 +147,7 @@ def main() -> None:
         figures = "  ".join(f"{k} {v:.4f}" for k, v in result.items() if k.endswith("ms"))
         print(f"preprocess {width}x{height} uint8 on the host -> patch rows: {figures}", flush=True)
     record = {
-        "commit": os.environ.get("COMMIT", "unknown"),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)),
+        **about(),
         "repeats": arguments.repeats,
         "sizes": results,
     }

@@ -4,7 +4,7 @@ The four products of a layer of LLaVA-1.5-7B with all that is folded in, random 
 of calls that rotate over gigabytes of weights; medians of replays. bitsandbytes' 4-bit products,
 where the package is there, are the product alone: no norm, rotation, activation or residual.
 
-    python bench/quant_linear.py [--json PATH] [--rows 1 2 ...] [--formats nf4 ...]
+    python -m bench.quant_linear [--json PATH] [--rows 1 2 ...] [--formats nf4 ...]
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from bench.about import about
 from bench.kernels import (
     BLOCK,
     DEVICE,
@@ -175,9 +175,7 @@ def main() -> None:
             for product in PRODUCTS:
                 cases += report(theirs(product, few), ceiling)
     record = {
-        "commit": os.environ.get("COMMIT", "unknown"),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **about(),
         "copy_gb_per_s": ceiling,
         "rows": cases,
     }

@@ -11,14 +11,13 @@ the projector beside the same two products and GELU by plain torch. Variants of 
 "activated product us" times a layer's fc1 and quick-GELU over the weights of all layers: as the
 engine runs them, and by kernels.matmul, which has them in one kernel.
 
-    python bench/vision.py [--json PATH] [--pictures 1 2 ...]
+    python -m bench.vision [--json PATH] [--pictures 1 2 ...]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 import transformers
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from bench.about import about
 from bench.decode_step import SHAPE
 from bench.kernels import replay_us
 from llava_engine.kernels.dense_attention import dense_attention
@@ -211,9 +211,7 @@ def main() -> None:
     model = make_model()
     theirs = their_tower(model)
     record: dict[str, object] = {
-        "commit": os.environ.get("COMMIT", "unknown"),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **about(),
         "transformers": transformers.__version__,
         "cudnn": torch.backends.cudnn.version(),
     }

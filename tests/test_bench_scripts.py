@@ -35,8 +35,17 @@ def test_it_runs_and_writes_its_record(script, tmp_path):
     done = run("-m", f"bench.{script}", *CPU[script], "--json", str(path))
     assert done.returncode == 0, done.stderr
     record = json.loads(path.read_bytes())
-    assert record["commit"]
+    assert record["commit"] and f"bench.{script}" in record["command"].replace("/", ".")
     assert done.stdout.strip()
+
+
+def test_every_record_says_what_it_is_of():
+    """Commit, GPU, versions and command, or nobody could believe it or make it again."""
+    scripts = [path for path in (ROOT / "bench").glob("*.py") if '"--json"' in path.read_text()]
+    assert len(scripts) > 12
+    for path in scripts:
+        text = path.read_text()
+        assert "**about()" in text or ('"command"' in text and '"commit"' in text), path.name
 
 
 def test_servings_record_makes_its_report(tmp_path):
