@@ -370,8 +370,12 @@ def test_describe_quantised(capsys):
         for more in ([], ["--quantization", "nf4"])
     )
     assert whole == quantised == 0
-    texts = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
-    assert len(texts) == 2 and all(texts)
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(answers) == 2 and all(answer["text"] for answer in answers)
+    assert [answer["where"]["quantization"] for answer in answers] == [None, "nf4"]
+    assert "nf4" not in sentence(answers[0]["where"])
+    said = sentence({**answers[1]["where"], "memory_mb": 300})
+    assert said.startswith("ran on ") and said.endswith(", in nf4 (300 MiB)")
     keys = llava_engine.vision_pool().health()["models"]
     assert any("quantization=nf4" in key for key in keys)
 

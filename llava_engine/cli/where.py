@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import llava_engine
+from llava_engine.cli.listing import size
 
 
 def where(model: llava_engine.VisionModel) -> dict[str, Any] | None:
     """The devices of a model's workers and what runs there, as JSON; None while it has none.
 
     unused_gpu: the GPU that the model could have had, and why it has it not, in a line; or None.
+    memory_mb: what the pool holds, which is this model's where there is no other.
     """
-    known = llava_engine.vision_pool().health()["models"].get(model.registry_key)
+    health = llava_engine.vision_pool().health()
+    known = health["models"].get(model.registry_key)
     devices = sorted({worker["device"] for worker in known["workers"]}) if known else []
     if not devices:
         return None
@@ -21,18 +24,23 @@ def where(model: llava_engine.VisionModel) -> dict[str, Any] | None:
         "devices": devices,
         "names": [_name(device) for device in devices],
         "kernels": "compiled" if on_gpu and model.config.kernels == "auto" else "torch",
+        "quantization": model.config.quantization,
+        "memory_mb": health.get("total_memory_mb"),
         "unused_gpu": _unused_gpu() if not on_gpu and model.config.device == "auto" else None,
     }
 
 
 def sentence(found: dict[str, Any]) -> str:
     """What `where` found, in a line."""
+    format = ""
+    if found["quantization"] is not None:
+        format = f", in {found['quantization']} ({size(found['memory_mb'])})"
     if found["devices"] == ["cpu"]:
         unused = found["unused_gpu"]
-        return "ran on the CPU" + (f"; {unused}" if unused else "")
+        return f"ran on the CPU{format}" + (f"; {unused}" if unused else "")
     pairs = zip(found["devices"], found["names"], strict=True)
     places = " and ".join(f"{device} ({name})" for device, name in pairs)
-    return f"ran on {places}, {found['kernels']} kernels"
+    return f"ran on {places}, {found['kernels']} kernels{format}"
 
 
 def gpus() -> tuple[list[dict[str, Any]], str]:
