@@ -35,6 +35,8 @@ csrc: $(VENV)/.installed
 # What can be measured on a CPU with llava-tiny; bench/gpu.sh is for a machine with a GPU.
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest bench/test_cpu.py -q --benchmark-columns=median,min,max,rounds
+	$(BIN)/python -m bench.prefill --device cpu
+	$(BIN)/python -m bench.interference --device cpu --threads 0 2
 	$(BIN)/python bench/scheduler.py
 	$(BIN)/python bench/serving.py --device cpu --concurrency 1,4
 

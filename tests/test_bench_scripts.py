@@ -20,6 +20,10 @@ CPU = {
     "load": ["0.03", "--device", "cpu", "--dtype", "float32", "--repeats", "1"],
     "cold_start": ["--model", "llava-tiny", "--device", "cpu", "--repeats", "1"],
     "serving": ["--device", "cpu", "--concurrency", "1,2", "--rate", "5"],
+    "prefill": ["--device", "cpu", "--words", "8", "64", "--requests", "4"],
+    "interference": ["--device", "cpu", "--threads", "0", "1", "--new-tokens", "8"],
+    "fp8": ["--prompts", "0", "--scenes", "1"],
+    "quantization": ["--scenes", "1"],
 }
 
 
