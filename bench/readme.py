@@ -163,16 +163,41 @@ def _peers(results: Path, serving: Record | None) -> str:
             notes.append(f"{peer['name']} gave other answers, so its speed is not compared.")
         else:
             table.append(_engine_row(f"{peer['name']} {peer['version']}", peer["runs"], loads))
+            notes += _unsteady(peer)
             if peer["stopped"]:
                 notes.append(f"{peer['name']}: {peer['stopped']}.")
     words = (
         "All in one run, on the same checkpoint, distinct pictures and the same prompts, median "
-        f"times as the caller sees them ({_source(results, 'serving.json')}). Answers were "
-        "compared before speeds. transformers has several requests as one batch."
+        f"times as the caller sees them ({_source(results, 'serving.json')}). "
+        f"{_compared(serving.get('peers', []))} transformers has several requests as one batch."
     )
     if (results / "serving.html").exists():
         notes.append("[The whole report](bench/results/serving.html) is one page.")
     return "\n\n".join(["\n".join(table), " ".join([words, *notes])])
+
+
+def _compared(peers: list[Record]) -> str:
+    """What was found when answers were compared, of all peers together."""
+    found = [peer["outputs"] for peer in peers if peer.get("outputs")]
+    count, same, ties, different = (
+        sum(outputs[key] for outputs in found)
+        for key in ("compared", "identical", "near_ties", "different")
+    )
+    return (
+        f"Of {count} answers that were compared with ours {same} are the same to the token, "
+        f"{ties} part at a near tie, {different} differ."
+    )
+
+
+def _unsteady(peer: Record) -> list[str]:
+    """Of each load at which a peer's requests differed so much that its figures are rough."""
+    return [
+        f"{peer['name']} is rough at {run['max_concurrency']} at once: its {run['completed']} "
+        f"requests took {run['quantiles_ms']['tpot'][0]:.0f} to "
+        f"{run['quantiles_ms']['tpot'][-1]:.0f} ms a token."
+        for run in peer["runs"]
+        if run["std_tpot_ms"] > 0.2 * run["mean_tpot_ms"]
+    ]
 
 
 def _engine_row(name: str, runs: list[Record], loads: list[int]) -> str:

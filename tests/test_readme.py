@@ -81,6 +81,8 @@ def test_peers_are_in_the_readme_as_far_as_they_agree(tmp_path) -> None:
             "output_throughput": tokens,
             "median_ttft_ms": 17.4,
             "median_tpot_ms": 4.625,
+            "mean_tpot_ms": 4.625,
+            "std_tpot_ms": 0.1,
         }
 
     def peer(name: str, different: int, **more: object) -> dict[str, object]:
@@ -89,7 +91,9 @@ def test_peers_are_in_the_readme_as_far_as_they_agree(tmp_path) -> None:
         return {"name": name, "missing": None, **runs, **more}
 
     stopped = "8 at once failed with OutOfMemoryError: no room"
+    rough = {"std_tpot_ms": 2.0, "completed": 4, "quantiles_ms": {"tpot": [3.0, 4.6, 9.2]}}
     peers = [
+        peer("delta", 0, runs=[run(1, 98.7) | rough]),
         peer("alpha", 0, stopped=stopped),
         peer("beta", 1),
         {"name": "gamma", "missing": "not installed"},
@@ -101,6 +105,9 @@ def test_peers_are_in_the_readme_as_far_as_they_agree(tmp_path) -> None:
     assert "| alpha 1.0 | 321, 17 ms, 4.62 ms |  |" in text
     assert "| beta" not in text and "beta gave other answers" in text
     assert f"alpha: {stopped}." in text
+    assert "Of 6 answers" in text and "0 part at a near tie, 1 differ." in text
+    assert "delta is rough at 1 at once: its 4 requests took 3 to 9 ms a token." in text
+    assert "alpha is rough" not in text
     assert "gamma was not measured: not installed." in text
     assert "nothing is claimed" not in text
     drawn = ElementTree.fromstring(readme.plot(tmp_path))

@@ -35,7 +35,7 @@ def test_the_peer_gives_the_same_answers(ran):
     assert [run["total_output_tokens"] for run in record["runs"]] == [8 * 32, 8 * 32]
     (eager,) = record["peers"]
     assert eager["missing"] is None
-    assert eager["outputs"]["compared"] == 2 and eager["outputs"]["different"] == 0
+    assert eager["outputs"]["compared"] == 4 and eager["outputs"]["different"] == 0
 
 
 def test_the_gpus_work_is_in_the_trace(ran):

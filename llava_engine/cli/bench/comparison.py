@@ -17,8 +17,8 @@ NAMES = {
 }
 """By what the command line calls them, in the order in which they run."""
 
-_ONE_BY_ONE = 2  # requests of a run at concurrency 1, after those that warm up
-_JUDGED = 2
+_ONE_BY_ONE = 4  # requests of a run at concurrency 1, after those that warm up
+_JUDGED = 2  # at each level
 _MEASURED = 32  # tokens whose logits tell what rounding does
 
 
@@ -54,7 +54,7 @@ def measure_peers(
             return
         try:
             began = clock()
-            run([_first(plan)], plan.new_tokens if short != "eager" else 2)
+            run([_first(plan)], plan.new_tokens)
             if short == "compiled":
                 run([_first(plan)], plan.new_tokens)  # records what the first one compiled
             found[short] |= {"version": version, "warm_up_s": round(clock() - began, 3)}
@@ -142,4 +142,4 @@ def _first(plan: Plan) -> int:
 
 
 def _judged(plan: Plan) -> list[int]:
-    return list(next(iter(plan.levels.values()))[:_JUDGED])
+    return [number for numbers in plan.levels.values() for number in numbers[:_JUDGED]]

@@ -52,7 +52,7 @@ def test_peers_are_asked_the_same_or_said_to_be_missing(ran):
     found = {peer["name"]: peer for peer in ran.record["peers"]}
     eager = found["transformers eager"]
     assert eager["missing"] is None
-    assert eager["outputs"]["compared"] == 2 and eager["outputs"]["different"] == 0
+    assert eager["outputs"]["compared"] == 4 and eager["outputs"]["different"] == 0
     assert [run["max_concurrency"] for run in eager["runs"]] == [1, 3]
     for run in eager["runs"]:
         assert run["total_output_tokens"] == 9 * run["completed"]
