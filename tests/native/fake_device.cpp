@@ -10,6 +10,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <limits>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -59,6 +60,7 @@ struct FakeDevice {
 
   // Orders of the test.
   int64_t allowed = 0;  // steps that may complete, since the beginning
+  bool complete_at_query = false;
   int64_t refuse_launch = -1, break_at = -1;
   int64_t drop_step = -1, drop_row = -1;
   cudaError_t launch_error = cudaSuccess, sticky = cudaSuccess;
@@ -147,9 +149,14 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
-  const std::lock_guard lock(stream->mutex);
+  std::unique_lock lock(stream->mutex);
   ++stream->queries;
+  if (stream->complete_at_query) stream->allowed = std::numeric_limits<int64_t>::max();
   stream->changed.notify_all();
+  if (stream->complete_at_query) {
+    stream->changed.wait(
+        lock, [=] { return stream->broken || stream->completed == stream->launched; });
+  }
   if (stream->broken) return stream->sticky;
   return stream->completed == stream->launched ? cudaSuccess : cudaErrorNotReady;
 }
@@ -192,6 +199,12 @@ void fake_allow(FakeDevice* device, int64_t steps) {
   const std::lock_guard lock(device->mutex);
   device->allowed += steps;
   device->changed.notify_all();
+}
+
+// From the next query on all steps may complete; those in flight do before it is answered.
+void fake_complete_at_query(FakeDevice* device) {
+  const std::lock_guard lock(device->mutex);
+  device->complete_at_query = true;
 }
 
 // The launch after `launched` ones is refused, and so is every later one.

@@ -108,6 +108,10 @@ class FakeDevice:
     def allow(self, steps: int) -> None:
         self.library.fake_allow(self.stream, ctypes.c_int64(steps))
 
+    def complete_at_query(self) -> None:
+        """Let all steps complete once the device is asked; those in flight do before it answers."""
+        self.library.fake_complete_at_query(self.stream)
+
     def refuse_launch(self, after: int, error: int) -> None:
         self.library.fake_refuse(self.stream, ctypes.c_int64(after), error)
 
