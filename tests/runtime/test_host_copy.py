@@ -107,14 +107,15 @@ def test_arrays_have_been_read_when_the_call_returns(
 
 
 def test_pieces_that_lie_behind_each_other_are_one_copy(library: Path) -> None:
-    """At least those that a slow thread kept from being queued."""
+    """At least those that a slow thread kept from being queued. An upload takes long enough for it
+    to wake, also where others keep the cores busy."""
     with FakeCopies(library, pieces=16, piece_bytes=100, threads=2, helpers=Helpers.SLOW) as device:
-        array, there = np.ones(1600, np.uint8), torch.zeros(1600, dtype=torch.uint8)
+        array, there = np.ones(400_000, np.uint8), torch.zeros(400_000, dtype=torch.uint8)
         for turn in range(1, 200):
             device.copies.send(there.data_ptr(), [array], [0], device.stream)
-            if device.queued < 16 * turn:
+            if device.queued < 4000 * turn:
                 break
-        assert device.queued < 16 * turn
+        assert device.queued < 4000 * turn
         device.finish()
         assert (there == 1).all()
 
