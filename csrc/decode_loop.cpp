@@ -228,8 +228,8 @@ class DecodeLoop {
   std::pair<State, cudaError_t> execute(Run& run) {
     int64_t launched = 0, seen = 0;
     cudaError_t launch_error = cudaSuccess;
-    int64_t first_seen = 0, last_seen = now_ns(), step_time = 0;
-    int64_t next_query = last_seen + kQueryEvery;
+    int64_t last_seen = now_ns(), step_time = 0, next_query = last_seen + kQueryEvery;
+    bool in_vain = false;  // whether the next step was looked for before it was there
     for (;;) {
       const bool going = run.rows.size() > static_cast<size_t>(run.stop_at);
       // The first step is launched whatever was said: no storm of stops keeps a batch where it is.
@@ -250,12 +250,23 @@ class DecodeLoop {
         break;
       }
       const auto look = [&] {
-        if (!take_step(run, run.first_step + seen)) return false;
-        last_seen = now_ns();
-        // Of all steps so far: the last one alone may have been seen late.
-        if (++seen == 1) first_seen = last_seen;
-        if (seen > 1) step_time = (last_seen - first_seen) / (seen - 1);
-        next_query = last_seen + kQueryEvery;
+        if (!take_step(run, run.first_step + seen)) {
+          in_vain = true;
+          return false;
+        }
+        const int64_t now = now_ns(), passed = now - last_seen;
+        ++seen;
+        // Too long a sleep makes the next token late, too, and may let the device run out of
+        // launches: so one late token counts little, and who finds one at the first look, where it
+        // may have been for long, sleeps less.
+        if (!in_vain) {
+          step_time -= step_time / 4;
+        } else if (seen > 1) {
+          step_time = step_time == 0 ? passed : std::min(passed, step_time + step_time / 8);
+        }
+        last_seen = now;
+        next_query = now + kQueryEvery;
+        in_vain = false;
         return true;
       };
       if (look()) continue;
