@@ -24,6 +24,10 @@ CPU = {
     "interference": ["--device", "cpu", "--threads", "0", "1", "--new-tokens", "8"],
     "fp8": ["--prompts", "0", "--scenes", "1"],
     "quantization": ["--scenes", "1"],
+    "decode": [],
+    "decode_step": ["--rows", "1", "4"],
+    "preprocess": ["336x336", "1080x1920", "--repeats", "3"],
+    "jpeg_decode": ["--repeats", "1"],
 }
 
 
