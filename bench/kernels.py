@@ -8,6 +8,10 @@ and values, which need no paging. "dense prefill" is EngineConfig(attention="tor
 the step's own keys or gathered ones, beside cuDNN for whole prompts and flash without the gathering
 for chunks; the "attention" case of the same sizes is attention="paged".
 
+Without CUDA the references are timed instead, call by call, on llava-tiny's sizes in float32; the
+rates and ceilings are left out, since buffers so small stay in the caches, and so is what only CUDA
+has.
+
     python -m bench.kernels [--json PATH]
 """
 
@@ -43,9 +47,15 @@ from llava_engine.kernels.sampling import sample
 from llava_engine.kernels.varlen_attention import torch_flash_varlen_attention
 from llava_engine.network.attention import PrefillAttention
 
-HIDDEN, WIDE, HEADS, DIM, VOCAB, BLOCK = 4096, 11008, 32, 128, 32064, 64
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+if ON_GPU:
+    DTYPE, HIDDEN, WIDE, HEADS, DIM, VOCAB, BLOCK = torch.float16, 4096, 11008, 32, 128, 32064, 64
+    FEATURES = 1024  # of a patch, which the projector takes
+else:
+    DTYPE, HIDDEN, WIDE, HEADS, DIM, VOCAB, BLOCK = torch.float32, 192, 384, 6, 32, 768, 64
+    FEATURES = 192
 L2_BYTES = 50 << 20
-DEVICE = torch.device("cuda")
 
 Call = Callable[[], object]
 
@@ -64,11 +74,17 @@ class Case:
 
 
 def half(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE, dtype=torch.float16)
+    """Random numbers in DTYPE, which is half precision on a GPU."""
+    return torch.randn(shape, device=DEVICE, dtype=DTYPE)
 
 
 def replay_us(calls: list[Call]) -> float:
-    """Microseconds per call of a graph that makes all of them, the median of 15 replays."""
+    """Microseconds per call of a graph that makes all of them, the median of 15 replays.
+
+    On the CPU of calls one after the other, which nothing captures.
+    """
+    if not ON_GPU:
+        return plain_us(calls)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
@@ -87,6 +103,26 @@ def replay_us(calls: list[Call]) -> float:
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end) / len(calls))
     return statistics.median(times[3:])
+
+
+def plain_us(calls: list[Call]) -> float:
+    """Microseconds per call on the CPU, the median of 15 rounds of all of them."""
+    times = []
+    for _ in range(18):
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        times.append(1e6 * (time.perf_counter() - start) / len(calls))
+    return statistics.median(times[3:])
+
+
+def start_on_cpu(left_out: str) -> None:
+    """Say what a run on the CPU is of, and keep it to one thread.
+
+    The cores are shared: a second thread would often wait for its turn, and the first one for it.
+    """
+    torch.set_num_threads(1)
+    print(f"cpu, one thread: references, llava-tiny's sizes, float32; left out: {left_out}")
 
 
 def copy_ceiling() -> float:
@@ -166,7 +202,7 @@ def rope(tokens: int) -> Case:
         slots = torch.randperm(blocks * BLOCK, device=DEVICE)[:tokens]
 
         def plain() -> None:
-            cos, sin = cos_sin[positions].half().unsqueeze(1).chunk(2, dim=-1)
+            cos, sin = cos_sin[positions].to(DTYPE).unsqueeze(1).chunk(2, dim=-1)
             for x in (q, k):
                 left, right = x.chunk(2, dim=-1)
                 x.copy_(torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1))
@@ -321,15 +357,15 @@ def linears(rows: int) -> Iterator[Case]:
 
 def projector(rows: int) -> Case:
     def make() -> tuple[Call, Call]:
-        features, w1, w2 = half(1, rows, 1024), half(HIDDEN, 1024), half(HIDDEN, HIDDEN)
+        features, w1, w2 = half(1, rows, FEATURES), half(HIDDEN, FEATURES), half(HIDDEN, HIDDEN)
         b1, b2, out = half(HIDDEN), half(HIDDEN), half(1, rows, HIDDEN)
         return (
             lambda: project(out, features, w1, b1, w2, b2),
             lambda: out.copy_(F.linear(F.gelu(F.linear(features, w1, b1)), w2, b2)),
         )
 
-    weights = HIDDEN * (1024 + HIDDEN)
-    nbytes = 2 * (weights + rows * (1024 + 3 * HIDDEN))
+    weights = HIDDEN * (FEATURES + HIDDEN)
+    nbytes = 2 * (weights + rows * (FEATURES + 3 * HIDDEN))
     return Case(f"project N={rows}", nbytes, make, 2 * rows * weights)
 
 
@@ -406,6 +442,34 @@ def cases() -> Iterator[Case]:
         yield sampling(rows, 0.7, 50, 0.9)
 
 
+def tiny_cases() -> Iterator[Case]:
+    """A few of them for the CPU; llava-tiny's picture is 196 tokens."""
+    for tokens in (1, 220):
+        yield from norms(tokens)
+        yield activation(tokens)
+        yield rope(tokens)
+    yield from fp8_rows(220)
+    for sequences in (1, 8):
+        yield attention(sequences, 1, 240)
+    yield attention(8, 1, 240, kv_heads=2)
+    yield attention(1, 220, 220)
+    yield attention(1, 64, 240)
+    for rows in (1, 8):
+        yield from linears(rows)
+    yield projector(196)
+    yield sampling(8, 0.0, 0, 1.0)
+    yield sampling(8, 1.0, 0, 1.0)
+    yield sampling(8, 0.7, 50, 0.9)
+
+
+def measure_on_cpu(case: Case) -> dict[str, float | str]:
+    pairs = [case.make() for _ in range(4)]
+    ours = replay_us([pair[0] for pair in pairs])
+    again = replay_us([pair[0] for pair in pairs])
+    plain = replay_us([pair[1] for pair in pairs])
+    return {"case": case.name, "us": ours, "us_again": again, "torch_us": plain}
+
+
 def measure(case: Case, ceiling: float) -> dict[str, float | str]:
     count = max(4, min(32, 3 * L2_BYTES // case.nbytes + 1))
     pairs = [case.make() for _ in range(count)]
@@ -431,6 +495,9 @@ def main() -> None:
     arguments = parser.parse_args()
     require_kernels(DEVICE)
     torch.manual_seed(0)
+    if not ON_GPU:
+        main_on_cpu(arguments.json)
+        return
     with torch.inference_mode():
         ceiling = copy_ceiling()
         products = matmul_ceiling()
@@ -459,6 +526,24 @@ def main() -> None:
             "rows": rows,
         }
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@torch.inference_mode()
+def main_on_cpu(path: Path | None) -> None:
+    """The same lines and keys, but for what the module says is left out; a ceiling is null."""
+    start_on_cpu("rates and ceilings, cuDNN, the dense prefill by flash")
+    rows = []
+    for case in tiny_cases():
+        row = measure_on_cpu(case)
+        rows.append(row)
+        print(
+            f"{row['case']:<52} {row['us']:8.2f} us ({row['us_again']:.2f})"
+            f"   torch {row['torch_us']:8.2f} us",
+            flush=True,
+        )
+    if path:
+        unknown = dict.fromkeys(("copy_gb_per_s", "matmul_tflop_per_s", "cudnn_first_call_ms"))
+        path.write_text(json.dumps({**about(), **unknown, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ The four products of a layer of LLaVA-1.5-7B with all that is folded in, random 
 of calls that rotate over gigabytes of weights; medians of replays. bitsandbytes' 4-bit products,
 where the package is there, are the product alone: no norm, rotation, activation or residual.
 
+Without CUDA they are llava-tiny's products by their references in float32, which unpack the weights
+at every call, timed without graphs; the copy's rate and bitsandbytes' GPU kernels are left out.
+
     python -m bench.quant_linear [--json PATH] [--rows 1 2 ...] [--formats nf4 ...]
 """
 
@@ -26,11 +29,13 @@ from bench.kernels import (
     DIM,
     HEADS,
     HIDDEN,
+    ON_GPU,
     WIDE,
     Call,
     copy_ceiling,
     half,
     replay_us,
+    start_on_cpu,
 )
 from llava_engine.kernels.library import programmatic_launch, require_kernels
 from llava_engine.kernels.quant_linear import (
@@ -42,7 +47,7 @@ from llava_engine.kernels.quant_linear import (
 )
 
 FORMATS = ("int8", "fp8", "nf4")
-ROTATED_BYTES = 1 << 31
+ROTATED_BYTES = 1 << 31 if ON_GPU else 0
 TILE_BYTES = 32 << 20  # of dequantised rows, as csrc/decoder.cpp has them
 
 
@@ -74,7 +79,7 @@ def random_matrix(kind: str, product: Product) -> QuantMatrix:
     if kind == "nf4":
         head = torch.rand(outputs // 16, 64, device=DEVICE) * 1e-3
         head[:, 3::4] = 0
-        steps = bits(outputs // 16, inputs // 128 * 1056)
+        steps = bits(outputs // 16, -(-inputs // 128) * 1056)
         packed = torch.cat((head.view(torch.uint8), steps), dim=1)
         code = torch.linspace(-1, 1, 256, device=DEVICE)
         return QuantMatrix(packed, code, outputs, inputs, product.apart)
@@ -123,7 +128,7 @@ def ours(kind: str, product: Product, rows_of: list[int]) -> Iterator[dict[str, 
             "us_again": times[1],
             "gb_per_s": nbytes(first) / times[0] / 1e3,
         }
-    tile = half(TILE_BYTES // 2 // product.inputs, product.inputs)
+    tile = half(min(TILE_BYTES // 2 // product.inputs, product.outputs), product.inputs)
     starts = range(0, product.outputs - len(tile) + 1, len(tile))
     calls = [
         partial(dequantize_rows, tile, matrix, start) for matrix in matrices[:4] for start in starts
@@ -158,19 +163,24 @@ def main() -> None:
     """Print one line per case; write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    default_rows = [1, 2, 4, 8, 16, 32, 64] if ON_GPU else [1, 8]
+    parser.add_argument("--rows", type=int, nargs="+", default=default_rows)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
     arguments = parser.parse_args()
     require_kernels(DEVICE)
     torch.manual_seed(0)
     cases = []
     with torch.inference_mode():
-        ceiling = copy_ceiling()
-        print(f"{torch.cuda.get_device_name()}: copy {ceiling:.0f} GB/s")
+        ceiling = None
+        if ON_GPU:
+            ceiling = copy_ceiling()
+            print(f"{torch.cuda.get_device_name()}: copy {ceiling:.0f} GB/s")
+        else:
+            start_on_cpu("the copy's rate, bitsandbytes' GPU kernels")
         for kind in arguments.formats:
             for product in PRODUCTS:
                 cases += report(ours(kind, product, arguments.rows), ceiling)
-        if importlib.util.find_spec("bitsandbytes") is not None:
+        if ON_GPU and importlib.util.find_spec("bitsandbytes") is not None:
             few = [rows for rows in arguments.rows if rows <= 16]
             for product in PRODUCTS:
                 cases += report(theirs(product, few), ceiling)
@@ -183,16 +193,16 @@ def main() -> None:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def report(cases: Iterator[dict[str, object]], ceiling: float) -> list[dict[str, object]]:
+def report(cases: Iterator[dict[str, object]], ceiling: float | None) -> list[dict[str, object]]:
     """The cases, printed in a line; 0 rows are those of dequantising the matrix."""
-    made = []
+    made, share = [], "share_of_copy_ceiling"
     for case in cases:
-        if "gb_per_s" in case:
-            case["share_of_copy_ceiling"] = case["gb_per_s"] / ceiling
+        if ceiling is not None and "gb_per_s" in case:
+            case[share] = case["gb_per_s"] / ceiling
         made.append(case)
     line = "  ".join(
         f"{case['rows']}: {case['us']:.1f}"
-        + (f" ({100 * case['share_of_copy_ceiling']:.0f}%)" if "gb_per_s" in case else "")
+        + (f" ({100 * case[share]:.0f}%)" if share in case else "")
         for case in made
     )
     print(f"{made[0]['format']:>16} {made[0]['product']:<8} {line}", flush=True)

@@ -11,6 +11,9 @@ the projector beside the same two products and GELU by plain torch. Variants of 
 "activated product us" times a layer's fc1 and quick-GELU over the weights of all layers: as the
 engine runs them, and by kernels.matmul, which has them in one kernel.
 
+Without CUDA it is llava-tiny's shape in float32, and plain calls are timed, not graphs; what only a
+GPU has is left out: the chained launches, flash attention, the graphs' memory.
+
     python -m bench.vision [--json PATH] [--pictures 1 2 ...]
 """
 
@@ -31,7 +34,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from bench.about import about
 from bench.decode_step import SHAPE
-from bench.kernels import replay_us
+from bench.kernels import DEVICE, DTYPE, ON_GPU, replay_us, start_on_cpu
+from llava_engine import demo
 from llava_engine.kernels.dense_attention import dense_attention
 from llava_engine.kernels.library import programmatic_launch, require_kernels
 from llava_engine.kernels.matmul import matmul_store
@@ -43,7 +47,6 @@ from llava_engine.network.llava import LlavaModel
 from llava_engine.network.weights import random_model
 from llava_engine.runtime.graph import CapturedGraphs
 
-DEVICE = torch.device("cuda")
 REPLAYS = 40
 
 Call = Callable[[], object]
@@ -51,21 +54,26 @@ Call = Callable[[], object]
 
 def make_model() -> LlavaModel:
     """The true tower and projector, and one layer of the decoder."""
+    if not ON_GPU:
+        config = LlavaConfig.from_directory(demo.model_dir())
+        return random_model(config, device=DEVICE, dtype=DTYPE, seed=0)
     text = {**SHAPE["text_config"], "num_hidden_layers": 1}
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "config.json").write_text(json.dumps({**SHAPE, "text_config": text}))
         config = LlavaConfig.from_directory(Path(name))
-    return random_model(config, device=DEVICE, dtype=torch.float16, seed=0)
+    return random_model(config, device=DEVICE, dtype=DTYPE, seed=0)
 
 
 def random_patches(model: LlavaModel, pictures: int) -> torch.Tensor:
     vision = model.config.vision
     side = vision.image_size
-    pixels = torch.randn(pictures, 3, side, side, device=DEVICE, dtype=torch.float16)
+    pixels = torch.randn(pictures, 3, side, side, device=DEVICE, dtype=DTYPE)
     return clip.patch_rows(pixels, vision.patch_size)
 
 
 def replay_ms(call: Call, chained: bool) -> float:
+    if not ON_GPU:
+        return median_ms(call)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -78,6 +86,8 @@ def replay_ms(call: Call, chained: bool) -> float:
 
 
 def median_ms(call: Call) -> float:
+    if not ON_GPU:
+        return round(replay_us([call]) / 1e3, 4)
     times = []
     for _ in range(5 + REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -96,7 +106,8 @@ def tower(model: LlavaModel, pictures: int) -> dict[str, float]:
         return model._tower(patches)
 
     results = {"pictures": pictures, "ms": replay_ms(features, False)}
-    results["chained_ms"] = replay_ms(features, True)
+    if ON_GPU:
+        results["chained_ms"] = replay_ms(features, True)
     results["with_projector_ms"] = replay_ms(lambda: model.encode_images(patches), False)
     return results
 
@@ -113,12 +124,12 @@ def their_tower(model: LlavaModel) -> CLIPVisionModel:
         patch_size=vision.patch_size,
     )
     with DEVICE:  # on the CPU its random weights take seconds
-        return CLIPVisionModel(config).eval().to(torch.float16)
+        return CLIPVisionModel(config).eval().to(DTYPE)
 
 
 def eager_ms(theirs: CLIPVisionModel, pictures: int) -> float:
     side = theirs.config.image_size
-    pixels = torch.randn(pictures, 3, side, side, device=DEVICE, dtype=torch.float16)
+    pixels = torch.randn(pictures, 3, side, side, device=DEVICE, dtype=DTYPE)
     return median_ms(lambda: theirs(pixels, output_hidden_states=True))
 
 
@@ -127,7 +138,7 @@ def activated_product(model: LlavaModel, pictures: int) -> dict[str, float]:
     kernels.matmul, which has the activation in it."""
     vision, layers = model.config.vision, model._tower._layers
     rows = pictures * (vision.num_patches + 1)
-    x = torch.randn(rows, vision.hidden_size, device=DEVICE, dtype=torch.float16)
+    x = torch.randn(rows, vision.hidden_size, device=DEVICE, dtype=DTYPE)
     out = x.new_empty(rows, vision.intermediate_size)
 
     def by_matmul(layer: Linear) -> None:
@@ -146,13 +157,15 @@ def attention(model: LlavaModel, pictures: int) -> dict[str, float]:
     vision = model.config.vision
     tokens, heads = vision.num_patches + 1, vision.num_heads
     shape = (pictures, tokens, 3, heads, vision.hidden_size // heads)
-    made = [torch.randn(shape, device=DEVICE, dtype=torch.float16) for _ in range(8)]
+    made = [torch.randn(shape, device=DEVICE, dtype=DTYPE) for _ in range(8)]
     parts = [fused.permute(2, 0, 3, 1, 4).unbind() for fused in made]
     flash = torch.ops.aten._scaled_dot_product_flash_attention
-    return {
+    results = {
         "dense_attention": round(replay_us([lambda p=p: dense_attention(*p) for p in parts]), 2),
-        "flash": round(replay_us([lambda p=p: flash(*p) for p in parts]), 2),
     }
+    if ON_GPU:
+        results["flash"] = round(replay_us([lambda p=p: flash(*p) for p in parts]), 2)
+    return results
 
 
 def projector(model: LlavaModel, pictures: int) -> dict[str, float]:
@@ -160,7 +173,7 @@ def projector(model: LlavaModel, pictures: int) -> dict[str, float]:
     first, second = model._projector1, model._projector2
     vision = model.config.vision
     shape = (pictures, vision.num_patches + 1, vision.hidden_size)
-    features = [torch.randn(shape, device=DEVICE, dtype=torch.float16) for _ in range(8)]
+    features = [torch.randn(shape, device=DEVICE, dtype=DTYPE) for _ in range(8)]
     out = features[0].new_empty(pictures, vision.num_patches, model.config.text.hidden_size)
 
     def ours(given: torch.Tensor) -> None:
@@ -174,12 +187,11 @@ def projector(model: LlavaModel, pictures: int) -> dict[str, float]:
         with programmatic_launch(True) if chained else nullcontext():
             return round(replay_us([lambda f=f: call(f) for f in features]) / 1e3, 5)
 
-    return {
-        "pictures": pictures,
-        "ms": ms(ours, False),
-        "chained_ms": ms(ours, True),
-        "unfused_ms": ms(plain, False),
-    }
+    results = {"pictures": pictures, "ms": ms(ours, False)}
+    if ON_GPU:
+        results["chained_ms"] = ms(ours, True)
+    results["unfused_ms"] = ms(plain, False)
+    return results
 
 
 def graph_mb(model: LlavaModel, counts: list[int]) -> dict[str, float]:
@@ -205,9 +217,12 @@ def main() -> None:
     """Print a line per measurement; write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--pictures", type=int, nargs="*", default=[1, 2, 4, 8])
+    default_pictures = [1, 2, 4, 8] if ON_GPU else [1, 2]
+    parser.add_argument("--pictures", type=int, nargs="*", default=default_pictures)
     arguments = parser.parse_args()
     require_kernels(DEVICE)
+    if not ON_GPU:
+        start_on_cpu("chained launches, flash attention, the graphs' memory")
     model = make_model()
     theirs = their_tower(model)
     record: dict[str, object] = {
@@ -226,7 +241,8 @@ def main() -> None:
         keep(f"activated product us {pictures}", activated_product(model, pictures))
         keep(f"attention us {pictures}", attention(model, pictures))
         keep(f"transformers eager ms {pictures}", eager_ms(theirs, pictures))
-    keep("graph pool MB", graph_mb(model, arguments.pictures))
+    if ON_GPU:
+        keep("graph pool MB", graph_mb(model, arguments.pictures))
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
