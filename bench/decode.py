@@ -6,6 +6,9 @@ engine's times are those at which its native loop saw the tokens; the reader's a
 Python thread had the chunk in its hands. Then the first token alone: from pixels in memory, of a
 picture seen before, from a JPEG's bytes, and from pixels with prefill="fp8".
 
+Without a GPU it is llava-tiny's shape in float32, with fewer and shorter requests, pictures are
+resampled with Pillow as in the engine there, and there is no prefill="fp8" and no floor.
+
     python -m bench.decode [--kernels auto|reference] [--prefill-chunk N] [--at-once N ...]
                            [--quantization nf4|int8|fp8] [--json PATH]
 """
@@ -29,7 +32,7 @@ import torch
 from PIL import Image
 
 from bench.about import about
-from bench.decode_step import DEVICE, READ_BYTES_PER_S, floor_ms, make_model
+from bench.decode_step import DEVICE, ON_GPU, READ_BYTES_PER_S, floor_ms, make_model
 from llava_engine import EngineConfig, SamplingParams
 from llava_engine.image.load import LoadedImage
 from llava_engine.image.picture_cache import PictureCache, PreparedPicture
@@ -41,10 +44,15 @@ from llava_engine.runtime.sequence import Picture, Sequence
 from llava_engine.stream import Channel, ChunkStream
 from llava_engine.text.prompt import placeholder_ids
 
-NEW_TOKENS = 128
-REQUESTS = 10  # one after the other
-BUSY_REQUESTS = 2  # fewer: before the first token every call into torch waits for the GIL
-PROCESSOR = ImageProcessorConfig(shortest_edge=336, crop_size=(336, 336))
+NEW_TOKENS = 128 if ON_GPU else 16
+REQUESTS = 10 if ON_GPU else 4  # one after the other
+# Fewer: before the first token every call into torch waits for the GIL; on a CPU after it as well.
+BUSY_REQUESTS = 2 if ON_GPU else 1
+AT_ONCE = 64 if ON_GPU else 4
+KV_BYTES = 30 << 30 if ON_GPU else 64 << 20
+SIDE = 336 if ON_GPU else 112  # of a picture, in pixels
+PROCESSOR = ImageProcessorConfig(shortest_edge=SIDE, crop_size=(SIDE, SIDE))
+RESAMPLE = not ON_GPU  # in host memory, as the engine has it on a CPU
 
 
 class Words:
@@ -70,16 +78,16 @@ class Bench:
         self.runtime = DeviceRuntime(
             model, device=DEVICE, config=config, on_tokens=self.seen.extend
         )
-        self.runtime.add_worker("one", 30 << 30)
+        self.runtime.add_worker("one", KV_BYTES)
         self._number = 0
 
     def picture(self) -> PreparedPicture:
-        """A picture of 336 x 336 that no other request has, decoded in host memory."""
+        """A picture of SIDE x SIDE that no other request has, decoded in host memory."""
         self._number += 1
         generator = np.random.default_rng(self._number)
-        pixels = generator.integers(0, 256, (336, 336, 3), dtype=np.uint8)
+        pixels = generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
         key = self._number.to_bytes(16, "big")
-        decoded = decoded_picture(LoadedImage(pixels, key, 1), PROCESSOR, resample=False)
+        decoded = decoded_picture(LoadedImage(pixels, key, 1), PROCESSOR, resample=RESAMPLE)
         return PreparedPicture(key, decoded)
 
     def submit(
@@ -139,7 +147,7 @@ class Bench:
         fresh = [self.picture() for _ in range(2 + REQUESTS)]
         files = [jpeg(turn) for turn in range(2 + REQUESTS)]
         cache = PictureCache(
-            PROCESSOR, max_bytes=1 << 30, max_pixels=1 << 30, capacity=0, resample=False
+            PROCESSOR, max_bytes=1 << 30, max_pixels=1 << 30, capacity=0, resample=RESAMPLE
         )
         seen = fresh[0]
         return {
@@ -206,14 +214,20 @@ def main() -> None:
     parser.add_argument("--kernels", choices=("auto", "reference"), default="auto")
     parser.add_argument("--prefill-chunk", type=int, default=EngineConfig().prefill_chunk)
     parser.add_argument("--quantization", choices=("nf4", "int8", "fp8"))
-    parser.add_argument("--at-once", type=int, nargs="+", default=[64])
+    parser.add_argument("--at-once", type=int, nargs="+", default=[AT_ONCE])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.kernels == "auto":
         require_kernels(DEVICE)
+    if not ON_GPU:
+        print(
+            "no GPU: llava-tiny's shape in float32; left out are first_token_pixels_fp8_ms, "
+            "floor_ms, read_bytes_per_s, of_floor",
+            flush=True,
+        )
     with tempfile.TemporaryDirectory() as directory:
         config = EngineConfig(
-            device="cuda",
+            device=DEVICE.type,
             kernels=arguments.kernels,
             prefill_chunk=arguments.prefill_chunk,
             quantization=arguments.quantization,
@@ -226,7 +240,7 @@ def main() -> None:
     with computing_threads(2):
         busy = bench.one_after_the_other(BUSY_REQUESTS)
     print("busy", busy, flush=True)
-    bench.at_once(64)  # captures what larger batches need
+    bench.at_once(AT_ONCE)  # captures what larger batches need
     together = {
         f"tokens_per_s_{count}": statistics.median(bench.at_once(count) for _ in range(3))
         for count in arguments.at_once
@@ -236,12 +250,17 @@ def main() -> None:
     floor, weight_bytes = bench.floor_ms, bench.weight_bytes
     bench.runtime.close()
     del bench
-    if arguments.kernels == "auto" and arguments.quantization is None:
+    if ON_GPU and arguments.kernels == "auto" and arguments.quantization is None:
         with tempfile.TemporaryDirectory() as directory:
             bench = Bench(Path(directory), dataclasses.replace(config, prefill="fp8"))
         pictures = [bench.picture() for _ in range(2 + REQUESTS)]
         firsts["first_token_pixels_fp8_ms"] = bench.first_token_ms(pictures.__getitem__, 100)
         bench.runtime.close()
+    against_floor = {
+        "floor_ms": floor,
+        "read_bytes_per_s": READ_BYTES_PER_S,
+        "of_floor": floor / idle["token_ms"],
+    }
     record = {
         **about(),
         "kernels": arguments.kernels,
@@ -250,9 +269,7 @@ def main() -> None:
         "weight_bytes": weight_bytes,
         **idle,
         **firsts,
-        "floor_ms": floor,
-        "read_bytes_per_s": READ_BYTES_PER_S,
-        "of_floor": floor / idle["token_ms"],
+        **(against_floor if ON_GPU else {}),
         "beside_two_computing_threads": busy,
         "p99_busy_over_idle": busy["token_ms_p99"] / idle["token_ms_p99"],
         **together,

@@ -4,6 +4,9 @@ A step is embedding, decoder, head and greedy sampling as one CUDA graph, every 
 context of 665 tokens. Its floor is the time to read the weights and the keys and values once at an
 H100's rate of reading (shared/performance.md). Variants of the same step run side by side.
 
+Without a GPU it is llava-tiny's shape in float32, and the step is called as it is, by the clock: no
+graph, no programmatic launch, none of the fused products, which take 16 bits, and no floor.
+
     python -m bench.decode_step [--json PATH] [--rows 1 2 ...] [--quantization nf4|int8|fp8]
 """
 
@@ -13,12 +16,14 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from bench.about import about
+from llava_engine.demo import model_dir
 from llava_engine.kernels import linear, quant_linear
 from llava_engine.kernels.library import programmatic_launch, require_kernels
 from llava_engine.kernels.sampling import sample
@@ -28,7 +33,10 @@ from llava_engine.network.llava import LlavaModel
 from llava_engine.network.weights import random_model
 from llava_engine.quant import Format
 
-DEVICE = torch.device("cuda")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+DTYPE = torch.float16 if ON_GPU else torch.float32
+ROWS = [1, 2, 4, 8, 16, 32, 64] if ON_GPU else [1, 2, 4, 8]
 CONTEXT, BLOCK, TABLE_WIDTH = 665, 64, 64
 READ_BYTES_PER_S = 3.10e12
 SHAPE = {
@@ -46,12 +54,10 @@ SHAPE = {
 
 
 def make_model(directory: Path, quantization: Format | None = None) -> LlavaModel:
-    """Random weights of the true shape."""
+    """Random weights of the true shape; without a GPU of llava-tiny's."""
     (directory / "config.json").write_text(json.dumps(SHAPE))
-    config = LlavaConfig.from_directory(directory)
-    return random_model(
-        config, device=DEVICE, dtype=torch.float16, seed=0, quantization=quantization
-    )
+    config = LlavaConfig.from_directory(directory if ON_GPU else model_dir())
+    return random_model(config, device=DEVICE, dtype=DTYPE, seed=0, quantization=quantization)
 
 
 def make_caches(model: LlavaModel, rows: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -59,10 +65,7 @@ def make_caches(model: LlavaModel, rows: int) -> tuple[list[torch.Tensor], list[
     text = model.config.text
     shape = (rows * -(-CONTEXT // BLOCK), text.num_kv_heads, BLOCK, text.head_dim)
     keys, values = (
-        [
-            torch.randn(shape, device=DEVICE, dtype=torch.float16) * 0.1
-            for _ in range(text.num_layers)
-        ]
+        [torch.randn(shape, device=DEVICE, dtype=DTYPE) * 0.1 for _ in range(text.num_layers)]
         for _ in range(2)
     )
     return keys, values
@@ -119,6 +122,16 @@ def step_ms(step: Callable[[], object], chained: bool) -> float:
     return statistics.median(times[5:])
 
 
+def wall_ms(step: Callable[[], object]) -> float:
+    """The median call of the step on a CPU, where a call has done its work when it returns."""
+    times = []
+    for _ in range(25):
+        started = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times[5:])
+
+
 def products(model: LlavaModel, rows: int) -> Callable[[], object]:
     """The step's fused products alone, each depending on the one before."""
     decoder = model._decoder
@@ -168,7 +181,8 @@ def whole(
 ) -> Callable[[], object]:
     """Embedding to sampled token."""
     batch = make_batch(rows)
-    tokens = torch.randint(32000, (rows,), device=DEVICE)
+    words = min(32000, model.config.text.vocab_size)
+    tokens = torch.randint(words, (rows,), device=DEVICE)
     zeros, ones = torch.zeros(rows, device=DEVICE), torch.ones(rows, device=DEVICE)
 
     def step() -> None:
@@ -179,37 +193,54 @@ def whole(
     return step
 
 
+def variants(
+    model: LlavaModel, rows: int, caches: tuple[list[torch.Tensor], list[torch.Tensor]]
+) -> dict[str, float]:
+    """The step's graph in each of its variants on a GPU, and its floor."""
+    row = {"rows": rows, "floor_ms": floor_ms(model, rows)}
+    row["step_ms"] = step_ms(whole(model, rows, caches), chained=True)
+    row["unchained_ms"] = step_ms(whole(model, rows, caches), chained=False)
+    decoder = model._decoder
+    if rows <= decoder.fused_rows:
+        row["products_ms"] = step_ms(products(model, rows), chained=True)
+        row["products_unchained_ms"] = step_ms(products(model, rows), chained=False)
+        most, decoder.fused_rows = decoder.fused_rows, 0
+        row["unfused_ms"] = step_ms(whole(model, rows, caches), chained=True)
+        decoder.fused_rows = most
+    row["of_floor"] = row["floor_ms"] / row["step_ms"]
+    return row
+
+
 def main() -> None:
     """Print a table of step times; write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--quantization", choices=("nf4", "int8", "fp8"))
     arguments = parser.parse_args()
     require_kernels(DEVICE)
+    if not ON_GPU:
+        print(
+            "no GPU: llava-tiny's shape in float32, by the clock; left out are floor_ms, of_floor, "
+            "read_bytes_per_s, unchained_ms, products_ms, products_unchained_ms, unfused_ms",
+            flush=True,
+        )
     results = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as directory:
         model = make_model(Path(directory), arguments.quantization)
         caches = make_caches(model, max(arguments.rows))
         for rows in arguments.rows:
-            row = {"rows": rows, "floor_ms": floor_ms(model, rows)}
-            row["step_ms"] = step_ms(whole(model, rows, caches), chained=True)
-            row["unchained_ms"] = step_ms(whole(model, rows, caches), chained=False)
-            decoder = model._decoder
-            if rows <= decoder.fused_rows:
-                row["products_ms"] = step_ms(products(model, rows), chained=True)
-                row["products_unchained_ms"] = step_ms(products(model, rows), chained=False)
-                most, decoder.fused_rows = decoder.fused_rows, 0
-                row["unfused_ms"] = step_ms(whole(model, rows, caches), chained=True)
-                decoder.fused_rows = most
-            row["of_floor"] = row["floor_ms"] / row["step_ms"]
+            if ON_GPU:
+                row = variants(model, rows, caches)
+            else:
+                row = {"rows": rows, "step_ms": wall_ms(whole(model, rows, caches))}
             results.append(row)
             print({name: round(value, 3) for name, value in row.items()}, flush=True)
     record = {
         **about(),
         "quantization": arguments.quantization,
         "context": CONTEXT,
-        "read_bytes_per_s": READ_BYTES_PER_S,
+        **({"read_bytes_per_s": READ_BYTES_PER_S} if ON_GPU else {}),
         "steps": results,
     }
     if arguments.json:

@@ -4,6 +4,7 @@ Both through load_image, limits, header and orientation included, the median of 
 after warm ones; then with several threads at once. With the mean and the largest difference of the
 two decoders' pixels in levels, and, for the pictures of nvImageCodec's own choice, what each of its
 backends (the GPU's JPEG engines, its kernels) and simple upsampling would have taken and given.
+Where there is no GPU or no nvImageCodec, Pillow is measured alone.
 
     python -m bench.jpeg_decode [--repeats 9] [--json PATH]
 """
@@ -26,6 +27,7 @@ import torch
 from PIL import Image
 
 from bench.about import about
+from llava_engine.errors import KernelsNotBuilt
 from llava_engine.image.gpu_decode import GpuJpegDecoder, Lane, jpeg_decoder
 from llava_engine.image.gpu_decode import _CudaLane as CudaLane
 from llava_engine.image.load import load_image
@@ -93,6 +95,16 @@ def difference(content: bytes, decoder: GpuJpegDecoder) -> dict[str, float]:
     return {"mean": round(float(apart.mean()), 4), "max": int(apart.max())}
 
 
+def open_decoder(device: torch.device) -> GpuJpegDecoder | None:
+    """nvImageCodec, or None where it is not installed; where it is and fails, that is an error."""
+    try:
+        return jpeg_decoder("gpu", device)
+    except KernelsNotBuilt as error:
+        if isinstance(error.__cause__, ImportError):
+            return None
+        raise
+
+
 def variants(device: torch.device) -> dict[str, GpuJpegDecoder]:
     """nvImageCodec with one backend only, or with the simple upsampling of chroma."""
     from nvidia import nvimgcodec as codec
@@ -126,23 +138,30 @@ def variants(device: torch.device) -> dict[str, GpuJpegDecoder]:
 
 def main() -> None:
     """Print a line per file and decoder; write JSON if asked."""
+    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9 if on_gpu else 3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda", 0)
-    torch.zeros(1, device=device)
+    if on_gpu:
+        torch.zeros(1, device=device)
 
     begin = time.perf_counter()
-    decoder = jpeg_decoder("gpu", device)
+    decoder = open_decoder(device) if on_gpu else None
     opened = time.perf_counter() - begin
-    assert decoder is not None
+    if decoder is None:
+        print(
+            f"no {'nvImageCodec' if on_gpu else 'GPU'}: Pillow alone; left out are gpu, gpu_per_s, "
+            "levels_apart, device_mib_more, import_and_first_picture_s, variants",
+            flush=True,
+        )
     record: dict[str, Any] = {
         **about(),
-        "import_and_first_picture_s": round(opened, 3),
+        **({} if decoder is None else {"import_and_first_picture_s": round(opened, 3)}),
         "files": {},
         "threads": {},
-        "variants": {},
+        **({} if decoder is None else {"variants": {}}),
     }
 
     def save() -> None:
@@ -161,24 +180,29 @@ def main() -> None:
         def gpu(content: bytes = content) -> object:
             return load_image(content, **LIMITS, decode_jpeg=decoder)
 
-        free = torch.cuda.mem_get_info(device)[0]
         record["files"][name] = found = {
             "bytes": len(content),
             "pillow": wall_ms(pillow, arguments.repeats),
-            "gpu": wall_ms(gpu, arguments.repeats),
-            "levels_apart": difference(content, decoder),
         }
-        found["device_mib_more"] = (free - torch.cuda.mem_get_info(device)[0]) >> 20
+        if decoder is not None:
+            free = torch.cuda.mem_get_info(device)[0]
+            found["gpu"] = wall_ms(gpu, arguments.repeats)
+            found["levels_apart"] = difference(content, decoder)
+            found["device_mib_more"] = (free - torch.cuda.mem_get_info(device)[0]) >> 20
         show(name, found)
     content = contents[FULL_HD]
     for threads in (1, 4, 8):
         record["threads"][threads] = found = {
             "pillow_per_s": per_second(lambda: load_image(content, **LIMITS), threads, 48),
-            "gpu_per_s": per_second(
-                lambda: load_image(content, **LIMITS, decode_jpeg=decoder), threads, 96
-            ),
         }
+        if decoder is not None:
+            found["gpu_per_s"] = per_second(
+                lambda: load_image(content, **LIMITS, decode_jpeg=decoder), threads, 96
+            )
         show(f"{threads} threads", found)
+    if decoder is None:
+        save()
+        return
     decoder.close()
     save()  # what a variant may do is not known
     for name, variant in variants(device).items():

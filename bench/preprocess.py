@@ -11,6 +11,10 @@ cache holds them; the filter's weights for that size are known. Medians, in mill
     pillow_ms   the CPU path: Pillow's resize, crop, levels to float32
     resize_ms   of that, Image.resize alone
 
+Without a GPU it is llava-tiny's processor (112 x 112) and float32, and as in the engine there `ms`
+is Pillow's resize before the copy and the kernels' references; host_ms would be the same, and there
+is neither pinned memory nor a kernel to time by events.
+
     python -m bench.preprocess [HEIGHTxWIDTH ...] [--repeats 200] [--json PATH]
 """
 
@@ -37,9 +41,13 @@ from llava_engine.kernels.preprocess import preprocess as write_rows
 from llava_engine.network.clip import patch_rows, patch_width
 from llava_engine.runtime.streams import DeviceStreams
 
-DEVICE = torch.device("cuda")
-PROCESSOR = ImageProcessorConfig(shortest_edge=336, crop_size=(336, 336))
-PATCH = 14
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+DTYPE = torch.float16 if ON_GPU else torch.float32
+SIDE, PATCH = (336, 14) if ON_GPU else (112, 8)
+PROCESSOR = ImageProcessorConfig(shortest_edge=SIDE, crop_size=(SIDE, SIDE))
+RESAMPLE = not ON_GPU  # with Pillow, as the engine has it on a CPU
+REPEATS = 200 if ON_GPU else 10
 PICTURES_BYTES = 200 << 20  # of different pictures, at least 3
 
 
@@ -68,6 +76,21 @@ def event_ms(action: Callable[[], object], repeats: int, calls: int = 1) -> floa
     return statistics.median(times[3:])
 
 
+def on_the_device(rows: torch.Tensor, decoded: DecodedPicture, repeats: int) -> dict[str, float]:
+    """The copy from pinned memory and the kernels, and the kernels alone, by events."""
+    pinned = [torch.tensor(array).pin_memory() for array in decoded.arrays]
+    there = [array.to(DEVICE) for array in pinned]
+
+    def copy_and_write() -> None:
+        for copy, array in zip(there, pinned, strict=True):
+            copy.copy_(array, non_blocking=True)
+        write_rows(rows, decoded, there, PATCH)
+
+    copied = event_ms(copy_and_write, repeats)
+    kernels = event_ms(lambda: write_rows(rows, decoded, there, PATCH), repeats, calls=20)
+    return {"pinned_ms": copied, "kernels_ms": kernels}
+
+
 def measure(height: int, width: int, repeats: int) -> dict[str, object]:
     generator = np.random.default_rng(height * width)
     count = max(3, PICTURES_BYTES // (3 * height * width))
@@ -76,51 +99,44 @@ def measure(height: int, width: int, repeats: int) -> dict[str, object]:
         for _ in range(count)
     ]
     streams, turn = DeviceStreams(DEVICE), cycle(images)
-    shape = (336 // PATCH) ** 2, patch_width(PATCH)
-    rows = torch.full(shape, torch.nan, dtype=torch.float16, device=DEVICE)
+    shape = (SIDE // PATCH) ** 2, patch_width(PATCH)
+    rows = torch.full(shape, torch.nan, dtype=DTYPE, device=DEVICE)
     host, uploads = [], []
 
     def prepare() -> DecodedPicture:
         started = time.perf_counter()
-        decoded = decoded_picture(next(turn), PROCESSOR, resample=False)
+        decoded = decoded_picture(next(turn), PROCESSOR, resample=RESAMPLE)
         begun = time.perf_counter()
         arrays = streams.upload(decoded.arrays)
         uploads.append(1e3 * (time.perf_counter() - begun))
         write_rows(rows, decoded, arrays, PATCH)
         host.append(1e3 * (time.perf_counter() - started))
-        torch.cuda.synchronize()
+        if ON_GPU:
+            torch.cuda.synchronize()
         return decoded
 
     with torch.inference_mode(), streams.prefilling():
         decoded = prepare()
         expected = preprocess(images[0], PROCESSOR)
-        expected = patch_rows(torch.from_numpy(expected)[None], PATCH)[0].half()
+        expected = patch_rows(torch.from_numpy(expected)[None], PATCH)[0].to(DTYPE)
         assert torch.equal(rows.cpu(), expected), "not the CPU path's rows"
 
         whole = median_ms(prepare, repeats)
-        pinned = [torch.tensor(array).pin_memory() for array in decoded.arrays]
-        there = [array.to(DEVICE) for array in pinned]
-
-        def copy_and_write() -> None:
-            for copy, array in zip(there, pinned, strict=True):
-                copy.copy_(array, non_blocking=True)
-            write_rows(rows, decoded, there, PATCH)
-
-        copied = event_ms(copy_and_write, repeats)
-        kernels = event_ms(lambda: write_rows(rows, decoded, there, PATCH), repeats, calls=20)
+        by_events = on_the_device(rows, decoded, repeats) if ON_GPU else {}
     fewer = max(5, repeats // 10)
     whole_cpu = median_ms(lambda: preprocess(next(turn), PROCESSOR), fewer)
-    full = (336, int(336 * width / height)) if width > height else (int(336 * height / width), 336)
+    full = (
+        (SIDE, int(SIDE * width / height)) if width > height else (int(SIDE * height / width), SIDE)
+    )
     source = Image.fromarray(images[0].pixels)
     return {
         "height": height,
         "width": width,
         "uploaded_bytes": sum(array.nbytes for array in decoded.arrays),
         "ms": whole,
-        "host_ms": statistics.median(host[4:]),
+        **({"host_ms": statistics.median(host[4:])} if ON_GPU else {}),
         "upload_ms": statistics.median(uploads[4:]),
-        "pinned_ms": copied,
-        "kernels_ms": kernels,
+        **by_events,
         "pillow_ms": whole_cpu,
         "resize_ms": median_ms(lambda: source.resize(full[::-1], Image.Resampling.BICUBIC), fewer),
     }
@@ -136,10 +152,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     usual = [(1080, 1920), (336, 336), (2400, 1080), (3000, 4000)]
     parser.add_argument("sizes", type=size, nargs="*", default=usual, metavar="HEIGHTxWIDTH")
-    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     require_kernels(DEVICE)
+    if not ON_GPU:
+        print(
+            "no GPU: llava-tiny's processor in float32, Pillow resizes; left out are host_ms, "
+            "pinned_ms, kernels_ms",
+            flush=True,
+        )
     results = []
     for height, width in arguments.sizes:
         result = measure(height, width, arguments.repeats)
