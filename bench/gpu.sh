@@ -13,6 +13,8 @@ mkdir -p "$out"
 export COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 failed=0
+# Without one the benches measure the CPU, which is no result of this machine's.
+$python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU")' || exit 1
 
 for part in $parts; do
   started=$SECONDS

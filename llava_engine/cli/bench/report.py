@@ -42,7 +42,7 @@ def report(record: Record, ops: Record | None = None) -> str:
     if "peers" in record:
         sections.append(_peers(record["peers"]))
     sections.append(_cold_start(record["cold_start_s"]))
-    if ops is not None:
+    if ops is not None and ops["copy_gb_per_s"] is not None:  # a CPU's kernels have no ceilings
         sections.append(_ops(ops))
     sections.append(_conditions(record))
     title = f"llava-engine bench: {record['model']}"
