@@ -36,7 +36,7 @@ csrc: $(VENV)/.installed
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest bench/test_cpu.py -q --benchmark-columns=median,min,max,rounds
 	$(BIN)/python -m bench.prefill --device cpu
-	$(BIN)/python -m bench.interference --device cpu --threads 0 2
+	$(BIN)/python -m bench.interference --device cpu --threads 0 2 --requests 1
 	$(BIN)/python bench/scheduler.py
 	$(BIN)/python bench/serving.py --device cpu --concurrency 1,4
 

@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import llava_engine
 from bench.about import about
 from bench.decode import computing_threads
@@ -39,7 +41,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--requests", type=int, default=2)
-    parser.add_argument("--new-tokens", type=int, default=16)
+    # On a CPU every op of every step waits for the threads: a token takes seconds.
+    usual = 16 if torch.cuda.is_available() else 2
+    parser.add_argument("--new-tokens", type=int, default=usual)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model = llava_engine.get(arguments.model, llava_engine.EngineConfig(device=arguments.device))

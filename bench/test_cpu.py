@@ -1,8 +1,8 @@
 """What the engine takes on a CPU, with llava-tiny: bench/'s questions at a size for any machine.
 
 A question a case: loading, a picture's way to the model, the vision tower, first tokens, decoding
-by batch, serving, a scheduler's step, and what Python threads that compute do to decoding. It is
-pytest-benchmark that measures, compares runs (--benchmark-compare) and writes JSON:
+by batch, serving, and a scheduler's step. It is pytest-benchmark that measures, compares runs
+(--benchmark-compare) and writes JSON:
 
     make bench          or          python -m pytest bench/test_cpu.py [--benchmark-json PATH]
 """
@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 import llava_engine
-from bench.decode import computing_threads
 from bench.scheduler import BATCH, PROMPT, sequence
 from llava_engine.cli.bench.loops import closed_loop
 from llava_engine.cli.bench.workload import Workload, noise
@@ -122,22 +121,15 @@ def test_first_token(benchmark, model, numbers, seen):
     benchmark.pedantic(lambda asked: asked(0).text(), setup=setup, rounds=20, warmup_rounds=2)
 
 
-@pytest.mark.parametrize(
-    ("at_once", "busy"),
-    [(1, 0), (4, 0), (8, 0), (1, 2)],
-    ids=["1", "4", "8", "1 beside computing threads"],
-)
-def test_serving(benchmark, model, numbers, at_once, busy):
+@pytest.mark.parametrize("at_once", [1, 4, 8])
+def test_serving(benchmark, model, numbers, at_once):
     """So many requests at once, of 16 tokens each, to the last one's end."""
 
     def setup():
         first = 1_000 + at_once * next(numbers)
         return (work(model, NEW_TOKENS).ask(first, at_once), at_once, at_once), {}
 
-    # Beside computing threads every call into torch waits for Python's lock: once is long enough.
-    rounds, warm = (1, 0) if busy else (8, 1)
-    with computing_threads(busy):
-        records, _ = benchmark.pedantic(closed_loop, setup=setup, rounds=rounds, warmup_rounds=warm)
+    records, _ = benchmark.pedantic(closed_loop, setup=setup, rounds=8, warmup_rounds=1)
     assert [record.error for record in records] == [None] * at_once
     assert all(record.output_tokens == NEW_TOKENS for record in records)
 

@@ -1,6 +1,6 @@
-"""Scripts of bench/ that ask what a CPU can answer run on one with llava-tiny, in two minutes each.
+"""The scripts of bench/ run without a GPU, with llava-tiny or its shapes, in two minutes each.
 
-The others measure CUDA kernels and say so: a GPU machine runs them through bench/gpu.sh.
+What only a GPU can answer they leave out; that is for bench/gpu.sh.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ CPU = {
     "cold_start": ["--model", "llava-tiny", "--device", "cpu", "--repeats", "1"],
     "serving": ["--device", "cpu", "--concurrency", "1,2", "--rate", "5"],
     "prefill": ["--device", "cpu", "--words", "8", "64", "--requests", "4"],
-    "interference": ["--device", "cpu", "--threads", "0", "1", "--new-tokens", "8"],
-    "fp8": ["--prompts", "0", "--scenes", "1"],
+    "interference": ["--device", "cpu", "--threads", "0", "1", "--new-tokens", "2"],
+    "fp8": ["--scenes", "1"],
     "quantization": ["--scenes", "1"],
     "kernels": [],
     "vision": ["--pictures", "1"],
