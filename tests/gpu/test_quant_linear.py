@@ -31,8 +31,16 @@ SHAPES = [(64, 16), (192, 96), (2240, 48), (4096, 4096), (11008, 4096), (5120, 6
 # The last two in NF4: of 8 rows x fills what is behind the table; of 4 rows, and 8 do not fit.
 SILU_SHAPES = [(64, 16), (448, 48), (4096, 22016), (5120, 96), (6144, 96), (12288, 64)]
 # x divided into spans, a last span of one step among them: 16 rows of so many inputs.
-ROWS = [1, 2, 3, 5, 8, 9, 16, 17, 50]
-HEADS = [(4, 4, 8), (3, 1, 16), (8, 2, 128), (5, 5, 96)]
+ROWS = [*range(1, 18), 50]
+# Query heads, key heads, dimensions; inputs. The last is LLaVA-1.5-7B's, as (4096, 4096),
+# (11008, 4096) and (4096, 22016) are above.
+QKV_SHAPES = [
+    ((4, 4, 8), 320),
+    ((3, 1, 16), 320),
+    ((8, 2, 128), 320),
+    ((5, 5, 96), 320),
+    ((32, 32, 128), 4096),
+]
 FLOOR = 1e-6
 WORST = 0.02  # where an element of the plain result has hardly an error
 EPS = 1e-5
@@ -103,12 +111,15 @@ def test_silu_mul(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize(("heads", "inputs"), QKV_SHAPES, ids=str)
 @pytest.mark.parametrize("kind", FORMATS)
 def test_qkv(
-    kind: Format, heads: tuple[int, int, int], dtype: torch.dtype, generator: torch.Generator
+    kind: Format,
+    heads: tuple[int, int, int],
+    inputs: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
 ) -> None:
-    inputs = 320
     outputs = (heads[0] + 2 * heads[1]) * heads[2]
     weight = random_weight(kind, outputs, inputs, generator)
     matrix = weight.matrix(heads[2] // 2)
