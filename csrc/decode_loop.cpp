@@ -3,7 +3,6 @@
 // the end are called through ctypes, which gives up the GIL for as long as they run.
 #include <cuda_runtime.h>
 #include <pthread.h>
-#include <signal.h>
 #include <sys/prctl.h>
 #include <time.h>
 
@@ -21,6 +20,9 @@
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "signals_blocked.h"
+#include "step_time.h"
 
 extern "C" struct llava_decode_event {
   int64_t step;
@@ -104,21 +106,10 @@ class DecodeLoop {
 
   // Returns when the thread is ready, or why it is not. Throws std::system_error without a thread.
   cudaError_t start() {
-    // No signal may be delivered to the new thread, not even before its first instruction: Python
-    // counts on its handlers running in its own threads. Its own faults are let through.
-    sigset_t blocked, before;
-    sigfillset(&blocked);
-    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) {
-      sigdelset(&blocked, fault);
-    }
-    pthread_sigmask(SIG_SETMASK, &blocked, &before);
-    try {
+    {
+      const llava_engine::SignalsBlocked blocked;
       thread_ = std::thread(&DecodeLoop::main, this);
-    } catch (...) {
-      pthread_sigmask(SIG_SETMASK, &before, nullptr);
-      throw;
     }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [this] { return started_; });
     return error_;
@@ -228,7 +219,8 @@ class DecodeLoop {
   std::pair<State, cudaError_t> execute(Run& run) {
     int64_t launched = 0, seen = 0;
     cudaError_t launch_error = cudaSuccess;
-    int64_t last_seen = now_ns(), step_time = 0, next_query = last_seen + kQueryEvery;
+    int64_t last_seen = now_ns(), next_query = last_seen + kQueryEvery;
+    llava_engine::StepTime step_time;
     bool in_vain = false;  // whether the next step was looked for before it was there
     for (;;) {
       const bool going = run.rows.size() > static_cast<size_t>(run.stop_at);
@@ -254,23 +246,14 @@ class DecodeLoop {
           in_vain = true;
           return false;
         }
-        const int64_t now = now_ns(), passed = now - last_seen;
-        ++seen;
-        // Too long a sleep makes the next token late, too, and may let the device run out of
-        // launches: so one late token counts little, and who finds one at the first look, where it
-        // may have been for long, sleeps less.
-        if (!in_vain) {
-          step_time -= step_time / 4;
-        } else if (seen > 1) {
-          step_time = step_time == 0 ? passed : std::min(passed, step_time + step_time / 8);
-        }
+        const int64_t now = now_ns();
+        if (++seen > 1) step_time.seen(now - last_seen, in_vain);
         last_seen = now;
         next_query = now + kQueryEvery;
         in_vain = false;
         return true;
       };
-      if (look()) continue;
-      if (may_launch()) continue;
+      if (look() || may_launch()) continue;
       const int64_t now = now_ns();
       if (now >= next_query) {
         const cudaError_t error = cudaStreamQuery(stream_);
@@ -283,7 +266,7 @@ class DecodeLoop {
         if (error != cudaErrorNotReady) return {kDeviceFailed, error};
       }
       // Steps take about the same time, so the first three quarters of one need no look.
-      const int64_t until = std::min(last_seen + step_time / 4 * 3, next_query);
+      const int64_t until = std::min(last_seen + step_time.guess() / 4 * 3, next_query);
       sleep_ns(std::max(until - now, kLookEvery));
     }
     return {launch_error == cudaSuccess ? kEnded : kDeviceFailed, launch_error};

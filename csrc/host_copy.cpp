@@ -4,7 +4,6 @@
 // slower than the bus, and starting others takes longer than a small upload: they are kept.
 #include <cuda_runtime.h>
 #include <pthread.h>
-#include <signal.h>
 
 #include <algorithm>
 #include <atomic>
@@ -17,6 +16,8 @@
 #include <new>
 #include <thread>
 #include <vector>
+
+#include "signals_blocked.h"
 
 // Rows of `row_bytes` that lie `stride` bytes apart, and on the device right behind each other from
 // byte `place` on.
@@ -87,21 +88,13 @@ class HostCopier {
   // Starts at most so many helpers, and waits for none of them.
   void start(int helpers) {
     helpers_.reserve(helpers);
-    // No signal may be delivered to a new thread, not even before its first instruction: Python
-    // counts on its handlers running in its own threads. Its own faults are let through.
-    sigset_t blocked, before;
-    sigfillset(&blocked);
-    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) {
-      sigdelset(&blocked, fault);
-    }
-    pthread_sigmask(SIG_SETMASK, &blocked, &before);
+    const llava_engine::SignalsBlocked blocked;
     try {
       while (static_cast<int>(helpers_.size()) < helpers) {
         helpers_.emplace_back(&HostCopier::help, this);
       }
     } catch (const std::exception&) {  // no more threads or memory: those there are copy all
     }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
   cudaError_t upload(const Upload& upload) {
