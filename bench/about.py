@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -26,6 +28,13 @@ def about() -> dict[str, Any]:
         "versions": {**versions(), "cuda": torch.version.cuda},
         "cores": len(os.sched_getaffinity(0)),
     }
+
+
+def keep(arguments: argparse.Namespace, cases: list[dict[str, Any]]) -> None:
+    """Write the cases of a script that asks a model through the public API, if --json was given."""
+    if arguments.json:
+        asked = {"model": arguments.model, "asked_of": arguments.device, "cases": cases}
+        arguments.json.write_text(json.dumps({**about(), **asked}, indent=1) + "\n")
 
 
 def command() -> str:

@@ -9,12 +9,11 @@ public names: any model, on a CPU or a GPU. Of a seen picture the question is ne
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import llava_engine
-from bench.about import about
+from bench.about import keep
 from llava_engine.cli.bench.loops import closed_loop
 from llava_engine.cli.bench.metrics import summarize
 from llava_engine.cli.bench.workload import ask, noise
@@ -58,9 +57,7 @@ def main() -> None:
                 flush=True,
             )
     llava_engine.vision_pool().shutdown()
-    if arguments.json:
-        record = {**about(), "model": arguments.model, "asked_of": arguments.device, "cases": cases}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    keep(arguments, cases)
 
 
 if __name__ == "__main__":

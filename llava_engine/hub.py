@@ -26,9 +26,6 @@ ALLOWED = (
 )
 """The files that are downloaded. Code, pickles and other formats stay where they are."""
 
-_HEADER_LIMIT = 16 << 20
-_OVER_16_BITS = {"F32": 2, "F64": 4}
-
 
 def resolve(info: ModelInfo) -> Path:
     """The directory of `info`'s checkpoint, downloaded first where it is not here yet.
@@ -58,30 +55,6 @@ def checkpoint_mb(directory: Path) -> int:
     except OSError as error:
         raise WeightsError("The checkpoint's files cannot be read.") from error
     return -(-size // 2**20)
-
-
-def weights_mb(directory: Path) -> int:
-    """checkpoint_mb, with wider floats counted as 16 bits, which they are read into on a GPU."""
-    there = checkpoint_mb(directory)
-    less = sum(_narrowing_mb(path) for path in Path(directory).glob("*.safetensors"))
-    return max(there - less, there // max(_OVER_16_BITS.values()))
-
-
-def _narrowing_mb(path: Path) -> int:
-    """What 16 bits take less than a file's wider floats; 0 where its header is not understood, of
-    which whoever loads it says what is wrong."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, _HEADER_LIMIT)))
-        saved = 0
-        for name, tensor in header.items():
-            if name != "__metadata__" and tensor["dtype"] in _OVER_16_BITS:
-                begin, end = tensor["data_offsets"]
-                saved += (end - begin) - (end - begin) // _OVER_16_BITS[tensor["dtype"]]
-    except (OSError, ValueError, RecursionError, AttributeError, LookupError, TypeError):
-        return 0
-    return max(0, saved >> 20)
 
 
 def saved_quantised(directory: Path) -> bool:

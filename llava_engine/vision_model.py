@@ -12,7 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from llava_engine.config import EngineConfig
-from llava_engine.hub import saved_quantised, weights_mb
+from llava_engine.hub import checkpoint_mb, saved_quantised
+from llava_engine.network.safetensors_file import narrowed_bytes
 from llava_engine.pool.model import ModelSpec
 from llava_engine.pool.pool import WorkerPool, vision_pool
 from llava_engine.pool.sizing import DeviceMemory, Need, estimate_need, formats_needed
@@ -189,7 +190,7 @@ def _find(name: str | os.PathLike[str]) -> ModelInfo:
     if not directory.is_dir():
         return lookup(text)  # which says what is known
     directory = directory.resolve()
-    weights = max(1, weights_mb(directory))
+    weights = max(1, checkpoint_mb(directory) - (narrowed_bytes(directory) >> 20))
     share = max(_MIN_SHARE_MB, weights // 4)
     return ModelInfo(
         registry_key=str(directory),

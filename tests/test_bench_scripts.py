@@ -57,7 +57,9 @@ def test_every_record_says_what_it_is_of():
     assert len(scripts) > 12
     for path in scripts:
         text = path.read_text()
-        assert "**about()" in text or ('"command"' in text and '"commit"' in text), path.name
+        assert "from bench.about import" in text or ('"command"' in text and '"commit"' in text), (
+            path.name
+        )
 
 
 def test_servings_record_makes_its_report(tmp_path):

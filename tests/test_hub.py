@@ -15,7 +15,7 @@ import pytest
 from support.hub_server import SHA, Hub
 
 from llava_engine import errors
-from llava_engine.hub import cached, checkpoint_mb, resolve, saved_quantised, weights_mb
+from llava_engine.hub import cached, checkpoint_mb, resolve, saved_quantised
 from llava_engine.registry import ModelInfo
 
 REPO = "someone/llava-small"
@@ -223,48 +223,6 @@ def test_a_directory_that_is_no_checkpoint(tmp_path, present):
     with pytest.raises(errors.WeightsError, match="mine"):
         resolve(local(directory))
     assert checkpoint_mb(directory) == (1 if present == ["model.safetensors"] else 0)
-
-
-def tensors(directory: Path, name: str, **sizes: int) -> None:
-    """A file of so many MiB in each type, which takes no room on the disk."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for dtype, mib in sizes.items():
-        header[dtype] = {"dtype": dtype, "shape": [mib], "data_offsets": [end, end + mib * 2**20]}
-        end += mib * 2**20
-    text = json.dumps(header).encode()
-    (directory / name).write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(directory / name, 8 + len(text) + end)
-
-
-def test_wide_weights_count_as_16_bits(tmp_path):
-    tensors(tmp_path, "model-1.safetensors", F16=100, F32=40, BF16=3)
-    tensors(tmp_path, "model-2.safetensors", F64=80, U8=7, I8=5)
-    assert checkpoint_mb(tmp_path) == 236
-    assert weights_mb(tmp_path) == 236 - 20 - 60
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"",
-        b"[1]",
-        b"[" * 100_000,
-        b'{"a": 3}',
-        b'{"a": {"dtype": "F32"}}',
-        b'{"a": {"dtype": ["F32"], "data_offsets": [0, 4]}}',
-        b'{"a": {"dtype": "F32", "data_offsets": [0, "9"]}}',
-        b'{"a": {"dtype": "F32", "data_offsets": [9000000, 0]}}',
-    ],
-    ids=range(8),
-)
-def test_a_header_that_is_not_understood_takes_nothing_off(header, tmp_path):
-    content = len(header).to_bytes(8, "little") + header
-    (tmp_path / "model.safetensors").write_bytes(content + bytes(2**21))
-    assert weights_mb(tmp_path) == checkpoint_mb(tmp_path) == 3
-    lie = b'{"a": {"dtype": "F32", "data_offsets": [0, 99999999999]}}'
-    content = len(lie).to_bytes(8, "little") + lie
-    (tmp_path / "model.safetensors").write_bytes(content + bytes(2**23))
-    assert weights_mb(tmp_path) == 9 // 4
 
 
 @pytest.mark.parametrize(

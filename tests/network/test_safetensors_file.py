@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from llava_engine.errors import WeightsError
 from llava_engine.network import safetensors_file
-from llava_engine.network.safetensors_file import SafetensorsFile
+from llava_engine.network.safetensors_file import SafetensorsFile, narrowed_bytes
 
 DATA = bytes(range(48))
 GOOD: dict[str, Any] = {
@@ -192,3 +192,13 @@ def test_the_package_says_the_same(folder: Path, changes: list[tuple[str, str, o
         for name, stored in file.tensors.items():
             assert list(stored.shape) == theirs.get_slice(name).get_shape()
             assert stored.dtype == theirs.get_slice(name).get_dtype()
+
+
+def test_wide_floats_count_as_16_bits_and_broken_files_as_they_are(tmp_path: Path) -> None:
+    wide = {"a": torch.ones(3, 5), "b": torch.ones(7).double(), "empty": torch.ones(0, 2)}
+    kept = {"c": torch.ones(9).half(), "d": torch.ones(4).bfloat16(), "e": torch.ones(6).int()}
+    save_file({**wide, **kept}, tmp_path / "model-1.safetensors")
+    save_file({"f": torch.ones(11)}, tmp_path / "model-2.safetensors")
+    write(tmp_path / "broken.safetensors", changed("one", data_offsets=[0, 1 << 40]))
+    (tmp_path / "other.bin").write_bytes((tmp_path / "model-1.safetensors").read_bytes())
+    assert narrowed_bytes(tmp_path) == 2 * 15 + 6 * 7 + 2 * 11
