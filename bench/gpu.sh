@@ -77,6 +77,9 @@ EOF
     preprocess)
       $python bench/preprocess.py --json "$out/preprocess.json" || failed=1
       ;;
+    prefill)  # a graph per bucket against one call
+      $python bench/prefill_graph.py --json "$out/prefill_graph.json" || failed=1
+      ;;
     quant)  # weights in 8 and 4 bits; int8 and nf4 need bitsandbytes
       $python bench/quant_linear.py --json "$out/quant_linear.json" || failed=1
       for format in int8 fp8 nf4; do

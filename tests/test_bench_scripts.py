@@ -21,6 +21,7 @@ CPU = {
     "cold_start": ["--model", "llava-tiny", "--device", "cpu", "--repeats", "1"],
     "serving": ["--device", "cpu", "--concurrency", "1,2", "--rate", "5"],
     "prefill": ["--device", "cpu", "--words", "8", "64", "--requests", "4"],
+    "prefill_graph": ["32", "100", "--repeats", "2"],
     "interference": ["--device", "cpu", "--threads", "0", "1", "--new-tokens", "2"],
     "fp8": ["--scenes", "1"],
     "quantization": ["--scenes", "1"],
