@@ -78,16 +78,15 @@ def event_ms(action: Callable[[], object], repeats: int, calls: int = 1) -> floa
 
 def on_the_device(rows: torch.Tensor, decoded: DecodedPicture, repeats: int) -> dict[str, float]:
     """The copy from pinned memory and the kernels, and the kernels alone, by events."""
-    pinned = [torch.tensor(array).pin_memory() for array in decoded.arrays]
-    there = [array.to(DEVICE) for array in pinned]
+    uploaded, places = DeviceStreams(torch.device("cpu")).upload(decoded.arrays)
+    pinned, there = uploaded.pin_memory(), uploaded.to(DEVICE)
 
     def copy_and_write() -> None:
-        for copy, array in zip(there, pinned, strict=True):
-            copy.copy_(array, non_blocking=True)
-        write_rows(rows, decoded, there, PATCH)
+        there.copy_(pinned, non_blocking=True)
+        write_rows(rows, decoded, there, places, PATCH)
 
     copied = event_ms(copy_and_write, repeats)
-    kernels = event_ms(lambda: write_rows(rows, decoded, there, PATCH), repeats, calls=20)
+    kernels = event_ms(lambda: write_rows(rows, decoded, there, places, PATCH), repeats, calls=20)
     return {"pinned_ms": copied, "kernels_ms": kernels}
 
 
@@ -107,9 +106,9 @@ def measure(height: int, width: int, repeats: int) -> dict[str, object]:
         started = time.perf_counter()
         decoded = decoded_picture(next(turn), PROCESSOR, resample=RESAMPLE)
         begun = time.perf_counter()
-        arrays = streams.upload(decoded.arrays)
+        uploaded, places = streams.upload(decoded.arrays)
         uploads.append(1e3 * (time.perf_counter() - begun))
-        write_rows(rows, decoded, arrays, PATCH)
+        write_rows(rows, decoded, uploaded, places, PATCH)
         host.append(1e3 * (time.perf_counter() - started))
         if ON_GPU:
             torch.cuda.synchronize()

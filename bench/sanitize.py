@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import torch
 
 from llava_engine.kernels.activation import quick_gelu, silu_mul
@@ -35,7 +36,7 @@ from llava_engine.kernels.norm import (
     layer_norm,
     rms_norm,
 )
-from llava_engine.kernels.preprocess import COLUMNS, ROWS, resample, write_patches
+from llava_engine.kernels.preprocess import COLUMNS, ROWS, DecodedPicture, Pass, preprocess
 from llava_engine.kernels.projector import project
 from llava_engine.kernels.quant_linear import (
     QuantMatrix,
@@ -46,6 +47,7 @@ from llava_engine.kernels.quant_linear import (
 )
 from llava_engine.kernels.rope_kv import rope_append
 from llava_engine.kernels.sampling import sample
+from llava_engine.runtime.streams import DeviceStreams
 
 GPU = torch.device("cuda")
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -148,17 +150,17 @@ def quantised() -> None:
 
 def pictures() -> None:
     """5 of 9 rows and 11 of 30 columns from all, then 4 x 6 patches of 2 x 2."""
-    pixels = torch.full((9, 30, 3), 200, dtype=torch.uint8, device=GPU)
-    rows = torch.tensor([[0, 1, 3, 5, 6], *[[1 << 21] * 5] * 3, *[[1 << 20] * 5] * 3]).int().to(GPU)
-    columns = torch.tensor([[*range(0, 22, 2)], *[[1 << 21] * 11] * 3, *[[1 << 19] * 11] * 9]).int()
-    columns, levels = columns.to(GPU), torch.ones(256, 3, device=GPU)
-    across, down = pixels.new_empty(9, 11, 3), pixels.new_empty(5, 30, 3)
-    resample(across, pixels, columns, COLUMNS)
-    resample(down, pixels, rows, ROWS)
-    for dtype in TYPES:
-        out = torch.empty(24, 16, dtype=dtype, device=GPU)
-        write_patches(out, across, rows, ROWS, levels, 2, 9, 13, 3, 1)
-        write_patches(out, down, columns, COLUMNS, levels, 2, 9, 13, 3, 1)
+    pixels = np.full((9, 30, 3), 200, np.uint8)
+    rows = np.array([[0, 1, 3, 5, 6], *[[1 << 21] * 5] * 3, *[[1 << 20] * 5] * 3], np.int32)
+    columns = [[*range(0, 22, 2)], *[[1 << 21] * 11] * 3, *[[1 << 19] * 11] * 9]
+    passes = Pass(ROWS, rows), Pass(COLUMNS, np.array(columns, np.int32))
+    levels, streams = np.ones((256, 3), np.float32), DeviceStreams(GPU)
+    for order in (passes, passes[::-1]):
+        picture = DecodedPicture(pixels, order, (9, 13), (3, 1), levels, pixels.nbytes)
+        uploaded, places = streams.upload(picture.arrays)
+        for dtype in TYPES:
+            out = torch.empty(24, 16, dtype=dtype, device=GPU)
+            preprocess(out, picture, uploaded, places, 2)
 
 
 def matmuls() -> None:

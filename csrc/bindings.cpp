@@ -30,8 +30,7 @@ STABLE_TORCH_LIBRARY_IMPL(llava_engine, CUDA, m) {
   m.impl("quick_gelu", TORCH_BOX(&llava_engine::quick_gelu));
   m.impl("rope_append", TORCH_BOX(&llava_engine::rope_append));
   m.impl("paged_attention", TORCH_BOX(&llava_engine::paged_attention));
-  m.impl("resample", TORCH_BOX(&llava_engine::resample));
-  m.impl("write_patches", TORCH_BOX(&llava_engine::write_patches));
+  m.impl("preprocess", TORCH_BOX(&llava_engine::preprocess));
   m.impl("project", TORCH_BOX(&llava_engine::project));
   m.impl("sample", TORCH_BOX(&llava_engine::sample));
   m.impl("advance", TORCH_BOX(&llava_engine::advance));

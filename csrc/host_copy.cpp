@@ -12,10 +12,15 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <memory>
 #include <new>
 #include <thread>
 #include <vector>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "signals_blocked.h"
 
@@ -42,13 +47,45 @@ void look(Ready&& ready, Step&& step) {
   }
 }
 
+// std::memcpy to memory that the device reads next and no processor: written past the caches, which
+// would first read each line that they are to hold. What comes `ahead` of it is asked for, where the
+// processor would not know: at the next row, or behind the page's end.
+void copy_past_caches(char* to, const char* from, int64_t bytes, int64_t ahead) {
+#ifdef __SSE2__
+  constexpr int64_t kLine = 64;
+  const int64_t unaligned = std::min<int64_t>(-reinterpret_cast<uintptr_t>(to) % kLine, bytes);
+  std::memcpy(to, from, unaligned);
+  to += unaligned;
+  from += unaligned;
+  bytes -= unaligned;
+  for (; bytes >= kLine; bytes -= kLine, to += kLine, from += kLine) {
+    _mm_prefetch(from + ahead, _MM_HINT_T1);
+    __m128i line[kLine / sizeof(__m128i)];
+    std::memcpy(line, from, kLine);
+    for (size_t i = 0; i < std::size(line); ++i) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, line[i]);
+    }
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+// Such stores are in no order, not even before a release.
+void stores_before_release() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
 // Bytes begin..end of an array, counted without what lies between its rows.
 void copy_rows(char* to, const llava_host_array& array, int64_t begin, int64_t end) {
+  constexpr int64_t kPage = 4096;
+  const int64_t ahead = array.rows > 1 ? array.stride : kPage;
   int64_t row = begin / array.row_bytes, within = begin % array.row_bytes;
   while (begin < end) {
     const char* from = array.source + row * array.stride + within;
     const int64_t bytes = std::min(array.row_bytes - within, end - begin);
-    std::memcpy(to, from, bytes);
+    copy_past_caches(to, from, bytes, ahead);
     to += bytes;
     begin += bytes;
     ++row;
@@ -144,6 +181,7 @@ class HostCopier {
       wait(piece);
       if (error_ != cudaSuccess) return;
       copy_piece(piece);
+      stores_before_release();
       there_[piece % slots_].store(piece + 1, std::memory_order_release);
     }
   }

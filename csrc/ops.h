@@ -79,9 +79,8 @@ void paged_attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tenso
                      int64_t max_query_len, double scale);
 
 // preprocess.cu
-void resample(Tensor out, Tensor pixels, Tensor taps, int64_t axis);
-void write_patches(Tensor out, Tensor pixels, Tensor taps, int64_t axis, Tensor levels,
-                   int64_t patch, int64_t height, int64_t width, int64_t top, int64_t left);
+void preprocess(Tensor out, Tensor uploaded, std::vector<int64_t> pixels, int64_t levels,
+                std::vector<int64_t> passes, int64_t patch, std::vector<int64_t> place);
 
 // projector.cu
 void project(Tensor out, Tensor features, Tensor w1, std::optional<Tensor> b1, Tensor w2,

@@ -2,7 +2,10 @@
 // the last pass what a level becomes and where it goes. Bytes are read one by one: the lanes of a
 // warp read neighbours, the taps of a pixel come from the L1 cache, and all of it takes a tenth of
 // the time in which the pixels come over from the host.
+#include <torch/csrc/stable/ops.h>
+
 #include <limits>
+#include <vector>
 
 #include "common.cuh"
 #include "ops.h"
@@ -16,6 +19,7 @@ constexpr int kChannels = 3;
 constexpr int kRows = 0;    // axes
 constexpr int kLines = 4;   // of a picture that one thread resamples with the weights it has read
 constexpr int kHeader = 4;  // rows of a table before the weights: first, and a sum's three starts
+constexpr int64_t kMost = std::numeric_limits<int>::max();
 
 // An axis's table, int32 [kHeader + count, outputs].
 struct Taps {
@@ -98,74 +102,110 @@ __global__ void write_patches_kernel(T* __restrict__ out, const uint8_t* __restr
   out[index] = from_float<T>(value);
 }
 
-Taps taps_of(const Tensor& taps) {
-  check_dense(taps, "taps");
-  check_type(taps, ScalarType::Int, "taps");
-  STD_TORCH_CHECK(taps.dim() == 2 && taps.size(0) > kHeader, "taps must be [4 + k, n]");
-  return {data<const int>(taps), static_cast<int>(taps.size(1)),
-          static_cast<int>(taps.size(0)) - kHeader};
+// What was uploaded, in one piece of the device's memory.
+struct Uploaded {
+  const uint8_t* bytes;
+  int64_t count;
+
+  // n values that begin at byte `place`.
+  template <typename T>
+  const T* at(int64_t place, int64_t n) const {
+    STD_TORCH_CHECK(place >= 0 && place % sizeof(T) == 0 && n <= kMost &&
+                        place + n * static_cast<int64_t>(sizeof(T)) <= count,
+                    "what is to be read was not uploaded");
+    return reinterpret_cast<const T*>(bytes + place);
+  }
+};
+
+struct Pixels {
+  const uint8_t* data;
+  int64_t height, width;
+};
+
+// One of `passes`.
+struct Pass {
+  bool by_rows;
+  Taps taps;
+};
+
+// What a pass makes of so many rows and columns.
+Pixels size_of(const Pass& pass, const Pixels& pixels) {
+  return {nullptr, pass.by_rows ? pass.taps.outputs : pixels.height,
+          pass.by_rows ? pixels.width : pass.taps.outputs};
 }
 
-void check_pixels(const Tensor& pixels, const char* name) {
-  check_dense(pixels, name);
-  check_type(pixels, ScalarType::Byte, name);
-  STD_TORCH_CHECK(pixels.dim() == 3 && pixels.size(2) == kChannels, name, " must be [h, w, 3]");
-  STD_TORCH_CHECK(pixels.numel() <= std::numeric_limits<int>::max(), name, " is too large");
-}
-
-}  // namespace
-
-void resample(Tensor out, Tensor pixels, Tensor taps, int64_t axis) {
-  check_pixels(out, "out");
-  check_pixels(pixels, "pixels");
-  const Taps table = taps_of(taps);
-  const bool by_rows = axis == kRows;
-  STD_TORCH_CHECK(out.size(by_rows ? 0 : 1) == table.outputs &&
-                      out.size(by_rows ? 1 : 0) == pixels.size(by_rows ? 1 : 0),
-                  "out has the wrong size");
-  if (out.numel() == 0) return;
-  const int line_in = pixels.size(1) * kChannels;
-  const Launch to(out);
-  if (by_rows) {
-    const int bytes = out.numel();
-    resample_kernel<1><<<ceil_div(bytes, kThreads), kThreads, 0, to.stream()>>>(
-        data<uint8_t>(out), data<const uint8_t>(pixels), table, line_in, 1, 0, bytes);
+void resample(uint8_t* out, const Pixels& pixels, const Pass& pass, cudaStream_t stream) {
+  const int line_in = pixels.width * kChannels;
+  if (pass.by_rows) {
+    const int bytes = pass.taps.outputs * line_in;
+    resample_kernel<1><<<ceil_div(bytes, kThreads), kThreads, 0, stream>>>(
+        out, pixels.data, pass.taps, line_in, 1, 0, bytes);
   } else {
-    const int lines = out.size(0), bytes = out.size(1) * kChannels;
+    const int lines = pixels.height, bytes = pass.taps.outputs * kChannels;
     const int grid = ceil_div(lines, kLines) * ceil_div(bytes, kThreads);
-    resample_kernel<kLines><<<grid, kThreads, 0, to.stream()>>>(
-        data<uint8_t>(out), data<const uint8_t>(pixels), table, kChannels, lines, line_in, bytes);
+    resample_kernel<kLines><<<grid, kThreads, 0, stream>>>(out, pixels.data, pass.taps, kChannels,
+                                                           lines, line_in, bytes);
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-void write_patches(Tensor out, Tensor pixels, Tensor taps, int64_t axis, Tensor levels,
-                   int64_t patch, int64_t height, int64_t width, int64_t top, int64_t left) {
-  check_pixels(pixels, "pixels");
+}  // namespace
+
+void preprocess(Tensor out, Tensor uploaded, std::vector<int64_t> pixels, int64_t levels,
+                std::vector<int64_t> passes, int64_t patch, std::vector<int64_t> place) {
+  check_dense(uploaded, "uploaded");
+  check_type(uploaded, ScalarType::Byte, "uploaded");
   check_dense(out, "out");
-  check_column(levels, ScalarType::Float, 256 * kChannels, "levels");
-  const Taps table = taps_of(taps);
-  const bool by_rows = axis == kRows;
-  const int64_t shown_height = by_rows ? table.outputs : pixels.size(0);
-  const int64_t shown_width = by_rows ? pixels.size(1) : table.outputs;
+  STD_TORCH_CHECK(pixels.size() == 3 && pixels[1] > 0 && pixels[2] > 0 &&
+                      pixels[2] <= kMost / kChannels / pixels[1],
+                  "pixels must be a place, a height and a width");
+  STD_TORCH_CHECK(passes.size() == 4 || passes.size() == 8, "there must be one or two passes");
+  STD_TORCH_CHECK(place.size() == 4, "place must be height, width, top and left");
+  const Uploaded bytes{data<const uint8_t>(uploaded), uploaded.numel()};
+  const Launch to(out);
+
+  const auto pass = [&](size_t i) {
+    const int64_t *const it = passes.data() + 4 * i, header = it[2], outputs = it[3];
+    STD_TORCH_CHECK(header > kHeader && header <= kMost && outputs > 0 && outputs <= kMost,
+                    "taps must be [4 + k, n]");
+    return Pass{it[0] == kRows,
+                {bytes.at<int>(it[1], header * outputs), static_cast<int>(outputs),
+                 static_cast<int>(header) - kHeader}};
+  };
+  Pixels shown{bytes.at<uint8_t>(pixels[0], pixels[1] * pixels[2] * kChannels), pixels[1],
+               pixels[2]};
+  Pass last = pass(0);
+  Tensor between = uploaded;
+  if (passes.size() == 8) {
+    Pixels resampled = size_of(last, shown);
+    const int64_t size = resampled.height * resampled.width * kChannels;
+    STD_TORCH_CHECK(size <= kMost, "the picture is too large");
+    between = torch::stable::new_empty(uploaded, {size});
+    resample(data<uint8_t>(between), shown, last, to.stream());
+    resampled.data = data<const uint8_t>(between);
+    shown = resampled;
+    last = pass(1);
+  }
+
+  const Pixels size = size_of(last, shown);
+  const int64_t height = place[0], width = place[1], top = place[2], left = place[3];
   STD_TORCH_CHECK(patch > 0 && height >= patch && width >= patch, "no patch fits");
-  STD_TORCH_CHECK(top >= 0 && left >= 0 && top + shown_height <= height &&
-                      left + shown_width <= width,
-                  "the picture does not fit into its size");
+  STD_TORCH_CHECK(
+      top >= 0 && left >= 0 && top + size.height <= height && left + size.width <= width,
+      "the picture does not fit into its size");
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == (height / patch) * (width / patch) &&
                       out.size(1) >= kChannels * patch * patch,
                   "out has the wrong size");
-  STD_TORCH_CHECK(out.numel() <= std::numeric_limits<int>::max(), "out is too large");
-  const Place place{static_cast<int>(patch),        static_cast<int>(width / patch),
-                    static_cast<int>(top),          static_cast<int>(left),
-                    static_cast<int>(shown_height), static_cast<int>(shown_width)};
-  const Launch to(out);
+  STD_TORCH_CHECK(out.numel() <= kMost, "out is too large");
+  const Place there{static_cast<int>(patch),       static_cast<int>(width / patch),
+                    static_cast<int>(top),         static_cast<int>(left),
+                    static_cast<int>(size.height), static_cast<int>(size.width)};
+  const float* const values = bytes.at<float>(levels, 256 * kChannels);
   by_type(out, [&](auto zero) {
     using T = decltype(zero);
-    const int rows = out.size(0), columns = out.size(1), line = pixels.size(1) * kChannels;
+    const int rows = out.size(0), columns = out.size(1), line = shown.width * kChannels;
     write_patches_kernel<T><<<ceil_div(rows * columns, kThreads), kThreads, 0, to.stream()>>>(
-        data<T>(out), data<const uint8_t>(pixels), table, by_rows, line, data<const float>(levels),
-        place, rows, columns);
+        data<T>(out), shown.data, last.taps, last.by_rows, line, values, there, rows, columns);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }

@@ -6,6 +6,8 @@ Resampling is Pillow's, bit for bit: one axis after the other with an 8-bit pict
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +54,7 @@ class DecodedPicture:
 
     @property
     def arrays(self) -> list[npt.NDArray[Any]]:
-        """What `preprocess` needs on its device, in its order."""
+        """What `preprocess` needs on its device, in the order of its `places`."""
         return [self.pixels, self.levels, *(each.taps for each in self.passes)]
 
 
@@ -67,101 +69,73 @@ def identity(axis: int, length: int) -> Pass:
 
 
 def preprocess(
-    out: torch.Tensor, picture: DecodedPicture, arrays: list[torch.Tensor], patch: int
+    out: torch.Tensor,
+    picture: DecodedPicture,
+    uploaded: torch.Tensor,
+    places: Sequence[int],
+    patch: int,
 ) -> None:
     """out = the rows of the picture's patches: resampled, put in place, levels to values.
 
-    out: [patches, width], from left to right, then down; a row's columns by channel, then y, then
-    x, and 0 behind those. arrays: picture.arrays on out's device. patch: pixels of a patch's side.
+    out: float16, bfloat16 or float32 [patches, 3 * patch * patch or more], from left to right, then
+    down; a row's columns by channel, then y, then x, and 0 behind those. uploaded: uint8 [bytes]
+    on out's device, with each of picture.arrays, dense, at its byte of `places`, a multiple of 4.
+    patch: pixels of a patch's side. Raises ValueError or RuntimeError where sizes do not belong
+    together.
     """
-    pixels, levels, *taps = arrays
-    for step, table in zip(picture.passes[:-1], taps, strict=False):
-        shape = list(pixels.shape)
-        shape[step.axis] = table.shape[1]
-        middle = pixels.new_empty(shape)
-        resample(middle, pixels, table, step.axis)
-        pixels = middle
-    last = picture.passes[-1].axis
-    write_patches(out, pixels, taps[-1], last, levels, patch, *picture.size, *picture.offset)
+    pixels, levels, *tables = places
+    passes = []
+    for step, place in zip(picture.passes, tables, strict=True):
+        passes += [step.axis, place, *step.taps.shape]
+    shown = [pixels, *picture.pixels.shape[:2]]
+    _preprocess(out, uploaded, shown, levels, passes, patch, [*picture.size, *picture.offset])
 
 
-def resample(out: torch.Tensor, pixels: torch.Tensor, taps: torch.Tensor, axis: int) -> None:
-    """out = pixels resampled along an axis.
-
-    pixels: uint8 [h, w, 3]. out: the same with n pixels on the axis. axis, taps: as in `Pass`.
-    """
-    _resample(out, pixels, taps, axis)
-
-
-def write_patches(
+def _preprocess_reference(
     out: torch.Tensor,
-    pixels: torch.Tensor,
-    taps: torch.Tensor,
-    axis: int,
-    levels: torch.Tensor,
+    uploaded: torch.Tensor,
+    pixels: Sequence[int],
+    levels: int,
+    passes: Sequence[int],
     patch: int,
-    height: int,
-    width: int,
-    top: int,
-    left: int,
+    place: Sequence[int],
 ) -> None:
-    """The last pass: as `resample`, then laid at (top, left) on a ground of level 0 that is height
-    x width, levels turned into values, and the patches written to out as in `preprocess`.
+    def array(place: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        return uploaded[place : place + nbytes].view(dtype).view(shape)
 
-    out: float16, bfloat16 or float32 [patches, 3 * patch * patch or more]. Raises ValueError or
-    RuntimeError where sizes do not belong together.
-    """
-    _write_patches(out, pixels, taps, axis, levels, patch, height, width, top, left)
-
-
-def _resample_reference(
-    out: torch.Tensor, pixels: torch.Tensor, taps: torch.Tensor, axis: int
-) -> None:
-    out.copy_(_resampled(pixels, taps, axis))
-
-
-def _resampled(pixels: torch.Tensor, taps: torch.Tensor, axis: int) -> torch.Tensor:
-    """Levels, int32 [h, w, 3]."""
-    first, start, weights = taps[0], taps[1:4], taps[4:]
-    shape = (-1, 1, 1) if axis == ROWS else (-1, 1)
-    total = start.T.unsqueeze(1) if axis == ROWS else start.T
-    for place, weight in enumerate(weights):
-        total = total + pixels.index_select(axis, first + place).int() * weight.view(shape)
-    return (total >> PRECISION_BITS).clamp_(0, 255)
-
-
-def _write_patches_reference(
-    out: torch.Tensor,
-    pixels: torch.Tensor,
-    taps: torch.Tensor,
-    axis: int,
-    levels: torch.Tensor,
-    patch: int,
-    height: int,
-    width: int,
-    top: int,
-    left: int,
-) -> None:
-    shown = _resampled(pixels, taps, axis)
-    ground = pixels.new_zeros(height, width, 3)
+    shown = array(pixels[0], torch.uint8, *pixels[1:], 3)
+    for axis, table, *shape in zip(*[iter(passes)] * 4, strict=True):
+        shown = _resampled(shown, array(table, torch.int32, *shape), axis)
+    height, width, top, left = place
+    ground = shown.new_zeros(height, width, 3)
     ground[top : top + shown.shape[0], left : left + shown.shape[1]] = shown
     down, across, area = height // patch, width // patch, patch * patch
     if len(out) != down * across:
         raise ValueError(f"a picture of {height} x {width} has no {len(out)} patches")
     ground = ground[: down * patch, : across * patch]
     cells = ground.reshape(down, patch, across, patch, 3).permute(4, 0, 2, 1, 3)
+    values = array(levels, torch.float32, 256, 3)
     for channel, cell in enumerate(cells.reshape(3, -1).int()):
-        value = levels[:, channel].index_select(0, cell)
+        value = values[:, channel].index_select(0, cell)
         out[:, channel * area : (channel + 1) * area] = value.view(down * across, area)
     out[:, 3 * area :] = 0
 
 
-_resample = define(
-    "resample(Tensor(a!) out, Tensor pixels, Tensor taps, int axis) -> ()",
-    _resample_reference,
-)
-_write_patches = define(
-    "write_patches(Tensor(a!) out, Tensor pixels, Tensor taps, int axis, Tensor levels, int patch, "
-    "int height, int width, int top, int left) -> ()",
-    _write_patches_reference,
+def _resampled(pixels: torch.Tensor, taps: torch.Tensor, axis: int) -> torch.Tensor:
+    """uint8 [h, w, 3] with n pixels on the axis."""
+    first, start, weights = taps[0], taps[1:4], taps[4:]
+    shape = (-1, 1, 1) if axis == ROWS else (-1, 1)
+    total = start.T.unsqueeze(1) if axis == ROWS else start.T
+    for place, weight in enumerate(weights):
+        total = total + pixels.index_select(axis, first + place).int() * weight.view(shape)
+    return (total >> PRECISION_BITS).clamp_(0, 255).to(torch.uint8)
+
+
+# pixels: place, height, width. levels: place. passes: for each axis, place and the table's shape.
+# place: the prepared picture's height and width, and where in it the pixels lie, top and left.
+_preprocess = define(
+    "preprocess(Tensor(a!) out, Tensor uploaded, int[] pixels, int levels, int[] passes, "
+    "int patch, int[] place) -> ()",
+    _preprocess_reference,
 )

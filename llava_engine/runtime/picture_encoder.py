@@ -74,10 +74,12 @@ class PictureEncoder:
         have in common, as their levels, is uploaded once.
         """
         arrays = {id(array): array for picture in pictures for array in picture.arrays}
-        there = dict(zip(arrays, self._streams.upload(list(arrays.values())), strict=True))
+        there, places = self._streams.upload(list(arrays.values()))
+        place_of = dict(zip(arrays, places, strict=True))
         patch_size = self._model.config.vision.patch_size
         for rows, picture in zip(patches, pictures, strict=True):
-            preprocess(rows, picture, [there[id(array)] for array in picture.arrays], patch_size)
+            its_places = [place_of[id(array)] for array in picture.arrays]
+            preprocess(rows, picture, there, its_places, patch_size)
 
     def _replay(
         self, graphs: CapturedGraphs, out: torch.Tensor, pictures: list[DecodedPicture]

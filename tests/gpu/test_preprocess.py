@@ -19,9 +19,10 @@ from llava_engine import EngineConfig, PoolConfig, WorkerPool
 from llava_engine.errors import KernelsNotBuilt
 from llava_engine.image.load import LoadedImage
 from llava_engine.image.picture_cache import PictureCache
-from llava_engine.image.preprocess import ImageProcessorConfig, decoded_picture, preprocess
+from llava_engine.image.preprocess import ImageProcessorConfig, decoded_picture
+from llava_engine.image.preprocess import preprocess as preprocess_on_the_cpu
 from llava_engine.kernels.library import references
-from llava_engine.kernels.preprocess import COLUMNS, ROWS, Pass, identity, resample, write_patches
+from llava_engine.kernels.preprocess import COLUMNS, ROWS, DecodedPicture, Pass, preprocess
 from llava_engine.network.clip import patch_rows
 from llava_engine.network.weights import load_model
 from llava_engine.pool import backend
@@ -48,7 +49,7 @@ def check(
     """The kernels' rows are the CPU path's; returns the number of passes they took."""
     decoded = decoded_picture(image, processor, resample=False)
     ours = rows_of(decoded, patch, dtype=dtype, device="cuda")
-    pixels = torch.from_numpy(preprocess(image, processor))[None]
+    pixels = torch.from_numpy(preprocess_on_the_cpu(image, processor))[None]
     expected = patch_rows(pixels, patch)[0].to(dtype)
     assert torch.equal(ours.cpu(), expected), (image.pixels.shape, processor, patch)
     return len(decoded.passes)
@@ -75,55 +76,69 @@ def test_large_pictures(size: tuple[int, int], generator: np.random.Generator) -
     check(random_image(generator, *size), LLAVA, 14, torch.float16)
 
 
-@pytest.mark.parametrize("axis", [ROWS, COLUMNS])
+@pytest.mark.parametrize("axes", [(ROWS,), (COLUMNS,), (ROWS, COLUMNS), (COLUMNS, ROWS)], ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (3, 86), (37, 300), (400, 257)], ids=str)
-def test_each_pass_alone_and_nothing_beyond_it(
-    size: tuple[int, int], axis: int, generator: np.random.Generator
+def test_any_weights_and_nothing_beyond_the_rows(
+    size: tuple[int, int], axes: tuple[int, ...], generator: np.random.Generator
 ) -> None:
     """Random weights, so large that sums are clipped at both ends."""
-    length, count = size[axis], 5 if size[axis] >= 5 else 1
-    outputs = 2 * length + 1
-    taps = generator.integers(-(1 << 22), 1 << 22, (4 + count, outputs), dtype=np.int32)
-    taps[0] = generator.integers(0, length - count + 1, outputs)
-    table = torch.tensor(Pass(axis, taps).taps, device=GPU)
-    pixels = torch.tensor(generator.integers(0, 256, (*size, 3), dtype=np.uint8), device=GPU)
-    shape = [*size, 3]
-    shape[axis] = outputs
-    numbers = shape[0] * shape[1] * 3
-    for poison in (77, 178):
-        held = torch.full((numbers + 64,), poison, dtype=torch.uint8, device=GPU)
-        out = held[32:-32].view(shape)
-        resample(out, pixels, table, axis)
-        plain = torch.empty_like(out)
-        with references():
-            resample(plain, pixels, table, axis)
-        assert torch.equal(out, plain)
-        assert (held[:32] == poison).all() and (held[-32:] == poison).all()
-
-    height, width = shape[0] + 9, shape[1] + 4
-    levels = torch.randn(256, 3, device=GPU)
-    place = (3, height, width, 5, 1)
-    held = torch.full((2 + (height // 3) * (width // 3), 32), torch.nan, device=GPU)
-    write_patches(held[1:-1], pixels, table, axis, levels, *place)
+    shape, passes = list(size), []
+    for axis in axes:
+        length, count = size[axis], 5 if size[axis] >= 5 else 1
+        shape[axis] = outputs = 2 * length + 1
+        taps = generator.integers(-(1 << 22), 1 << 22, (4 + count, outputs), dtype=np.int32)
+        taps[0] = generator.integers(0, length - count + 1, outputs)
+        passes.append(Pass(axis, taps))
+    picture = DecodedPicture(
+        generator.integers(0, 256, (*size, 3), dtype=np.uint8),
+        tuple(passes),
+        (shape[0] + 9, shape[1] + 4),
+        (5, 1),
+        generator.standard_normal((256, 3)).astype(np.float32),
+        0,
+    )
+    uploaded, places = DeviceStreams(GPU).upload(picture.arrays)
+    patches = (picture.size[0] // 3) * (picture.size[1] // 3)
+    held = torch.full((2 + patches, 32), torch.nan, device=GPU)
+    preprocess(held[1:-1], picture, uploaded, places, 3)
     plain = torch.full_like(held, torch.nan)
     with references():
-        write_patches(plain[1:-1], pixels, table, axis, levels, *place)
+        preprocess(plain[1:-1], picture, uploaded, places, 3)
     assert torch.equal(held[1:-1], plain[1:-1])
     assert held[0].isnan().all() and held[-1].isnan().all()
 
 
 def test_sizes_that_do_not_belong_together_are_refused() -> None:
-    pixels = torch.zeros(5, 7, 3, dtype=torch.uint8, device=GPU)
-    taps = torch.tensor(identity(ROWS, 5).taps, device=GPU)
-    levels, out = torch.zeros(256, 3, device=GPU), torch.zeros(6, 16, device=GPU)
-    write_patches(out, pixels, taps, ROWS, levels, 2, 5, 7, 0, 0)
-    for wrong in (out[:4], out[:, :8].contiguous()):
+    uploaded = torch.zeros(3400, dtype=torch.uint8, device=GPU)
+    out = torch.zeros(6, 16, device=GPU)
+    right: list[Any] = [out, uploaded, [0, 5, 7], 108, [ROWS, 3180, 5, 5], 2, [5, 7, 0, 0]]
+    op = torch.ops.llava_engine.preprocess
+    op(*right)
+    wrong = [
+        (0, out[:4]),
+        (0, out[:, :8].contiguous()),
+        (1, uploaded[:3279]),
+        (1, uploaded.int()),
+        (2, [0, 5]),
+        (2, [0, 50, 70]),
+        (2, [-4, 5, 7]),
+        (2, [0, 1 << 31, 1 << 31]),
+        (3, 330),  # not where a float may lie
+        (3, 1 << 40),
+        (4, []),
+        (4, [ROWS, 3180, 4, 5]),
+        (4, [ROWS, 3180, 5, 1 << 20]),
+        (4, [ROWS, 3180, 5, 5] * 3),
+        (5, 0),
+        (5, 6),
+        (6, [5, 7, 1, 0]),
+        (6, [5, 7, 0, -1]),
+        (6, [5, 7]),
+    ]
+    for place, value in wrong:
         with pytest.raises(RuntimeError):
-            write_patches(wrong, pixels, taps, ROWS, levels, 2, 5, 7, 0, 0)
-    with pytest.raises(RuntimeError):
-        write_patches(out, pixels, taps, ROWS, levels, 2, 5, 7, 1, 0)
-    with pytest.raises(RuntimeError):
-        resample(torch.empty_like(pixels), pixels, taps[:, :4].contiguous(), ROWS)
+            op(*right[:place], value, *right[place + 1 :])
+    torch.cuda.synchronize()
 
 
 def test_uploads_of_any_layout_one_right_after_the_other(generator: np.random.Generator) -> None:
@@ -145,7 +160,9 @@ def test_uploads_of_any_layout_one_right_after_the_other(generator: np.random.Ge
     for busy in (False, True):
         if busy:  # so that the pieces are full, and no copy is done, when the next upload comes
             torch.cuda._sleep(20_000_000)
-        copies = [streams.upload(arrays[turn:] + arrays[:turn]) for turn in range(len(arrays))]
+        copies = [
+            streams.upload_arrays(arrays[turn:] + arrays[:turn]) for turn in range(len(arrays))
+        ]
         for turn, uploaded in enumerate(copies):
             for copy, array in zip(uploaded, arrays[turn:] + arrays[:turn], strict=True):
                 np.testing.assert_array_equal(copy.cpu().numpy(), array, strict=True)
@@ -159,7 +176,7 @@ def test_uploads_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(streams_module, "c_library", lacking)
     arrays = [np.arange(12, dtype=np.int32).reshape(3, 4), np.ones((9, 8, 3), np.uint8)[:, 2:5]]
-    for copy, array in zip(DeviceStreams(GPU).upload(arrays), arrays, strict=True):
+    for copy, array in zip(DeviceStreams(GPU).upload_arrays(arrays), arrays, strict=True):
         assert copy.is_cuda
         np.testing.assert_array_equal(copy.cpu().numpy(), array, strict=True)
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from support.kernels import poisoned
-from support.pictures import odd_pictures, random_image, random_images, rows_of
+from support.pictures import odd_pictures, picture, random_image, random_images, rows_of
 
 from llava_engine.image.load import LoadedImage
 from llava_engine.image.preprocess import ImageProcessorConfig, decoded_picture, preprocess
-from llava_engine.kernels.preprocess import COLUMNS, ROWS, identity, resample, write_patches
+from llava_engine.kernels.preprocess import COLUMNS, ROWS
+from llava_engine.kernels.preprocess import preprocess as preprocess_op
 from llava_engine.network.clip import patch_rows
+from llava_engine.runtime.streams import DeviceStreams
 
 ODD = odd_pictures()
 
@@ -119,24 +121,25 @@ def test_what_is_too_much_for_a_device_is_resampled_here(size: tuple[int, int]) 
 
 
 def test_a_picture_of_another_size_than_the_rows_is_refused() -> None:
-    pixels, levels = torch.zeros(5, 7, 3, dtype=torch.uint8), torch.zeros(256, 3)
-    taps = torch.tensor(identity(ROWS, 5).taps)
+    image = picture(np.zeros((5, 7, 3), np.uint8))
+    uploaded, places = DeviceStreams(torch.device("cpu")).upload(image.arrays)
     for patch in (2, 4):
         with pytest.raises(ValueError, match="5 x 7 has no 4 patches"):
-            write_patches(torch.zeros(4, 48), pixels, taps, ROWS, levels, patch, 5, 7, 0, 0)
+            preprocess_op(torch.zeros(4, 48), image, uploaded, places, patch)
 
 
-def test_schemas_and_fakes() -> None:
-    pixels = torch.randint(256, (4, 6, 3), dtype=torch.uint8)
-    taps = torch.tensor(identity(COLUMNS, 6).taps)
-    levels = torch.rand(256, 3)
-    samples = {
-        resample: (torch.zeros_like(pixels), pixels, taps, COLUMNS),
-        write_patches: (poisoned(6, 16), pixels, taps, COLUMNS, levels, 2, 4, 6, 0, 0),
-    }
-    for op, sample in samples.items():
-        torch.library.opcheck(
-            getattr(torch.ops.llava_engine, op.__name__).default,
-            sample,
-            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-        )
+@pytest.mark.parametrize("passes", [[ROWS, 80, 5, 4], [ROWS, 80, 5, 4, COLUMNS, 160, 5, 6]])
+def test_schema_and_fake(passes: list[int]) -> None:
+    torch.library.opcheck(
+        torch.ops.llava_engine.preprocess.default,
+        (
+            poisoned(6, 16),
+            torch.zeros(3352, dtype=torch.uint8),
+            [0, 4, 6],
+            280,
+            passes,
+            2,
+            [4, 6, 0, 0],
+        ),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )

@@ -39,7 +39,7 @@ def test_a_step_of_pictures_is_one_upload_of_what_differs(tmp_path: Path) -> Non
     uploads: list[list[npt.NDArray[Any]]] = []
 
     class CountedStreams(DeviceStreams):
-        def upload(self, arrays: list[npt.NDArray[Any]]) -> list[torch.Tensor]:
+        def upload(self, arrays: list[npt.NDArray[Any]]) -> tuple[torch.Tensor, list[int]]:
             uploads.append(arrays)
             return super().upload(arrays)
 

@@ -15,6 +15,7 @@ from llava_engine.image.load import LoadedImage, load_image
 from llava_engine.image.preprocess import ImageProcessorConfig
 from llava_engine.kernels.preprocess import ROWS, DecodedPicture, identity, preprocess
 from llava_engine.network.clip import patch_width
+from llava_engine.runtime.streams import DeviceStreams
 
 LEVELS = np.repeat(np.linspace(-2, 2, 256, dtype=np.float32)[:, None], 3, axis=1)
 
@@ -49,8 +50,8 @@ def rows_of(
     height, width = picture.size
     shape = (height // patch) * (width // patch), patch_width(patch)
     rows = torch.full(shape, torch.nan, dtype=dtype, device=device)
-    arrays = [torch.tensor(array, device=device) for array in picture.arrays]
-    preprocess(rows, picture, arrays, patch)
+    uploaded, places = DeviceStreams(torch.device("cpu")).upload(picture.arrays)
+    preprocess(rows, picture, uploaded.to(device), places, patch)
     return rows
 
 
