@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support.gpu import NEEDS_GPU
@@ -33,6 +35,17 @@ FLOOR = 1e-6
 EPS = 1e-5
 
 
+Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # ours, plain torch's, in float64
+
+
+def check(draw: Callable[[], Results]) -> None:
+    """Of so many draws that the errors are those of hundreds of numbers; of a few they are chance,
+    and plain torch's may be next to nothing."""
+    first = draw()
+    draws = [first, *(draw() for _ in range(256 // first[0].numel()))]
+    within_twice(*(torch.cat(results) for results in zip(*draws, strict=True)), FLOOR)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8])
@@ -40,40 +53,48 @@ def test_linear_add(
     rows: int, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     inputs, outputs = shape
-    x = normal(generator, rows, inputs, dtype=dtype)
-    weight = normal(generator, outputs, inputs, dtype=dtype) * inputs**-0.5
-    before = normal(generator, rows, outputs, dtype=dtype)
-    ours, plain = before.clone(), before.clone()
-    linear_add(ours, x, weight)
-    with references():
-        linear_add(plain, x, weight)
-    truth = before.double() + x.double() @ weight.double().T
-    within_twice(ours, plain, truth, FLOOR)
-    again = before.clone()
-    linear_add(again, x, weight)
-    assert torch.equal(again, ours)
+
+    def draw() -> Results:
+        x = normal(generator, rows, inputs, dtype=dtype)
+        weight = normal(generator, outputs, inputs, dtype=dtype) * inputs**-0.5
+        before = normal(generator, rows, outputs, dtype=dtype)
+        ours, plain, again = before.clone(), before.clone(), before.clone()
+        linear_add(ours, x, weight)
+        with references():
+            linear_add(plain, x, weight)
+        linear_add(again, x, weight)
+        assert torch.equal(again, ours)
+        return ours, plain, before.double() + x.double() @ weight.double().T
+
+    check(draw)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8])
 def test_norm_linear_and_silu_mul(
-    rows: int, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
+    rows: int,
+    shape: tuple[int, int],
+    silu: bool,
+    dtype: torch.dtype,
+    generator: torch.Generator,
 ) -> None:
     inputs, outputs = shape
-    x = normal(generator, rows, inputs, dtype=dtype) * 3
-    gain = normal(generator, inputs, dtype=dtype)
-    weight = normal(generator, outputs, inputs, dtype=dtype) * inputs**-0.5
-    ours, plain = (blank(rows, outputs, dtype=torch.float32) for _ in range(2))
-    norm_linear(ours, x, gain, EPS, weight)
-    with references():
-        norm_linear(plain, x, gain, EPS, weight)
-    within_twice(ours, plain, product_truth(x, gain, EPS, weight), FLOOR)
-    ours, plain = (blank(rows, outputs // 2, dtype=dtype) for _ in range(2))
-    norm_linear_silu_mul(ours, x, gain, EPS, weight)
-    with references():
-        norm_linear_silu_mul(plain, x, gain, EPS, weight)
-    within_twice(ours, plain, silu_truth(x, gain, EPS, weight), FLOOR)
+    op, truth = (norm_linear_silu_mul, silu_truth) if silu else (norm_linear, product_truth)
+
+    def draw() -> Results:
+        x = normal(generator, rows, inputs, dtype=dtype) * 3
+        gain = normal(generator, inputs, dtype=dtype)
+        weight = normal(generator, outputs, inputs, dtype=dtype) * inputs**-0.5
+        size, kind = (outputs // 2, dtype) if silu else (outputs, torch.float32)
+        ours, plain = (blank(rows, size, dtype=kind) for _ in range(2))
+        op(ours, x, gain, EPS, weight)
+        with references():
+            op(plain, x, gain, EPS, weight)
+        return ours, plain, truth(x, gain, EPS, weight)
+
+    check(draw)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
