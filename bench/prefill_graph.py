@@ -36,7 +36,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from bench.about import about
@@ -44,8 +43,9 @@ from bench.decode_step import DEVICE, ON_GPU, make_model
 from bench.kernels import start_on_cpu
 from llava_engine import EngineConfig, SamplingParams
 from llava_engine.kernels.library import programmatic_launch, require_kernels
+from llava_engine.kernels.prefill import pack, unpack
 from llava_engine.network.llama import Batch
-from llava_engine.network.llava import LlavaModel
+from llava_engine.network.llava import LlavaModel, batch_of
 from llava_engine.runtime.feature_cache import FeatureCache
 from llava_engine.runtime.graph import CapturedGraphs
 from llava_engine.runtime.kv_cache import KVCache
@@ -98,16 +98,15 @@ class Bench:
         self.cache.resize(len(self.blocks), {})
 
     def prepare(self, tokens: int) -> Prefill:
-        """As ModelRunner.run does, with what it runs."""
+        """What ModelRunner.run would upload, as the decoder takes it."""
         ids, sampling = self.ids[:tokens], SamplingParams(ignore_eos=True)
         sequence = Sequence(ids, (), sampling, 1, frozenset(), Channel(), seed=0)
         sequence.block_table = self.blocks[: -(-tokens // CONFIG.block_size)]
         step = [Scheduled(sequence, tokens)]
-        arrays = self.runner._arrays(step)
-        last_rows = arrays[-1][1:].astype(np.int64) - 1
-        there = self.streams.upload_vectors([*arrays, last_rows])
-        batch, embeds = self.runner._batch(arrays, there), self.runner._embed(step, there[0])
-        return Prefill(given=embeds.clone(), embeds=embeds, batch=batch, last=there[-1])
+        uploaded, sizes = pack(self.runner._inputs(step, [0]))
+        inputs = unpack(self.streams.upload([uploaded])[0], sizes)
+        embeds, batch = self.model.embed(inputs.token_ids), batch_of(inputs, tokens)
+        return Prefill(given=embeds.clone(), embeds=embeds, batch=batch, last=inputs.wanted)
 
     def padded(self, exact: Prefill, bucket: int) -> Prefill:
         """The same sequence in so many rows; those behind it belong to none."""

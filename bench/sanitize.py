@@ -14,6 +14,7 @@ import torch
 from llava_engine.kernels.activation import quick_gelu, silu_mul
 from llava_engine.kernels.attention import attention_workspace, paged_attention
 from llava_engine.kernels.decode_step import advance
+from llava_engine.kernels.decoder import DecoderTensors
 from llava_engine.kernels.fp8 import FP8, add_rms_norm_fp8, quantize_rows, rms_norm_fp8
 from llava_engine.kernels.library import require_kernels
 from llava_engine.kernels.linear import (
@@ -36,6 +37,7 @@ from llava_engine.kernels.norm import (
     layer_norm,
     rms_norm,
 )
+from llava_engine.kernels.prefill import StepInputs, pack, prefill_step
 from llava_engine.kernels.preprocess import COLUMNS, ROWS, DecodedPicture, Pass, preprocess
 from llava_engine.kernels.projector import project
 from llava_engine.kernels.quant_linear import (
@@ -246,6 +248,61 @@ def steps() -> None:
     )
 
 
+def prefills() -> None:
+    """Three sequences through one layer; all sample, and two of them with a penalty."""
+    hidden, heads, kv_heads, dim, vocab = 64, 2, 1, 32, 301
+    tokens = np.arange(9)
+    starts, ones = np.array([0, 3, 8, 9], np.int32), np.ones(3, np.float32)
+    inputs = StepInputs(
+        token_ids=tokens,
+        positions=np.array([0, 1, 2, 0, 1, 2, 3, 4, 0]),
+        slot_mapping=tokens + np.array([0, 0, 0, 13, 13, 13, 13, 13, 24]),
+        wanted=starts[1:].astype(np.int64) - 1,
+        seed=tokens[:3],
+        position=tokens[:3],
+        seen_at=np.array([0, 5, 2 * vocab, 3 * vocab - 1]),
+        block_table=np.arange(3, dtype=np.int32)[:, None],
+        query_start=starts,
+        context_lens=np.diff(starts),
+        top_k=np.array([0, 4, 0], np.int32),
+        temperature=np.array([0, 1, 1], np.float32),
+        top_p=ones,
+        repetition_penalty=ones * 1.5,
+    )
+    uploaded, sizes = pack(inputs)
+    for dtype in TYPES:
+
+        def some(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(shape, device=GPU).to(dtype)
+
+        qkv = some((heads + 2 * kv_heads) * dim, hidden)
+        weights = [some(hidden), qkv, some(hidden, heads * dim)]
+        weights += [some(hidden), some(2 * 96, hidden), some(hidden, 96)]
+        decoder = DecoderTensors(
+            weights,
+            [],
+            [],
+            some(hidden),
+            torch.randn(16, dim, device=GPU),
+            attention_workspace(heads, kv_heads, dim, GPU),
+            0.1,
+            1e-5,
+        )
+        prefill_step(
+            torch.empty(3, dtype=torch.int64, device=GPU),
+            torch.from_numpy(uploaded.copy()).to(GPU),
+            sizes,
+            some(vocab, hidden),
+            [some(4, hidden)],
+            [4, 1, 3],
+            [some(3, kv_heads, 16, dim)],
+            [some(3, kv_heads, 16, dim)],
+            decoder,
+            some(vocab, hidden),
+            5,
+        )
+
+
 GROUPS = {
     "norm": norms,
     "fp8": fp8_rows,
@@ -259,6 +316,7 @@ GROUPS = {
     "attention": attentions,
     "sampling": samplings,
     "step": steps,
+    "prefill": prefills,
 }
 
 

@@ -26,6 +26,7 @@ STABLE_TORCH_LIBRARY_IMPL(llava_engine, CUDA, m) {
   m.impl("matmul_silu_mul", TORCH_BOX(&llava_engine::matmul_silu_mul));
   m.impl("matmul_rope_append", TORCH_BOX(&llava_engine::matmul_rope_append));
   m.impl("decoder_layers", TORCH_BOX(&llava_engine::decoder_layers));
+  m.impl("prefill_step", TORCH_BOX(&llava_engine::prefill_step));
   m.impl("silu_mul", TORCH_BOX(&llava_engine::silu_mul));
   m.impl("quick_gelu", TORCH_BOX(&llava_engine::quick_gelu));
   m.impl("rope_append", TORCH_BOX(&llava_engine::rope_append));

@@ -65,6 +65,14 @@ void decoder_layers(Tensor out, Tensor residual, std::vector<Tensor> k_caches,
                     Tensor query_start, Tensor context_lens, std::optional<Tensor> wanted,
                     Tensor workspace, int64_t max_query_len, double scale, double eps);
 
+// prefill.cu
+void prefill_step(Tensor tokens, Tensor uploaded, std::vector<int64_t> sizes, Tensor embedding,
+                  std::vector<Tensor> features, std::vector<int64_t> feature_rows,
+                  std::vector<Tensor> k_caches, std::vector<Tensor> v_caches,
+                  std::vector<Tensor> weights, std::vector<Tensor> scales, std::vector<Tensor> fp8,
+                  Tensor final_norm, Tensor cos_sin, Tensor head, Tensor workspace,
+                  int64_t max_query_len, double scale, double eps);
+
 // activation.cu
 void silu_mul(Tensor out, Tensor gate_up);
 void quick_gelu(Tensor out, Tensor x);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -14,10 +15,30 @@ from llava_engine.kernels.norm import rms_norm
 from llava_engine.kernels.quant_linear import QuantMatrix, dequantize_rows, outputs_of
 
 PARTS = 6
-"""Tensors of a layer among `weights`: the norm before attention, QKV, output, the norm behind it,
-gate and up, down."""
+"""Tensors of a layer among DecoderTensors.weights: the norm before attention, QKV, output, the norm
+behind it, gate and up, down."""
 
 _FP8_ROWS = 128  # as in csrc/decoder.cpp: fewer are multiplied in the model's own type
+
+
+class DecoderTensors(NamedTuple):
+    """What the layers of a model are to decoder_layers, whose matrices have no biases and whose
+    activation is SiLU.
+
+    weights: PARTS tensors of each layer. A quantised matrix is QuantMatrix.weight; scales: of each
+    layer's four matrices QuantMatrix.scales, anything for one that is not quantised, or nothing if
+    none is. fp8: of each layer's four matrices the values and scales of quant.fp8, which serve from
+    128 rows on, or nothing. cos_sin: as in rope_append. workspace, scale: as in paged_attention.
+    """
+
+    weights: Sequence[torch.Tensor]
+    scales: Sequence[torch.Tensor]
+    fp8: Sequence[torch.Tensor]
+    final_norm: torch.Tensor
+    cos_sin: torch.Tensor
+    workspace: torch.Tensor
+    scale: float
+    eps: float
 
 
 def decoder_layers(
@@ -25,54 +46,43 @@ def decoder_layers(
     residual: torch.Tensor,
     k_caches: Sequence[torch.Tensor],
     v_caches: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    scales: Sequence[torch.Tensor],
-    fp8: Sequence[torch.Tensor],
-    final_norm: torch.Tensor,
-    cos_sin: torch.Tensor,
+    decoder: DecoderTensors,
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
     block_table: torch.Tensor,
     query_start: torch.Tensor,
     context_lens: torch.Tensor,
     wanted: torch.Tensor | None,
-    workspace: torch.Tensor,
     max_query_len: int,
-    scale: float,
-    eps: float,
 ) -> None:
     """Rows through every layer and the final norm; their keys and values are put into the caches.
 
     residual: [T, hidden], the rows, which are changed. out: [R, hidden], those that are `wanted`,
     int64 [R], after the final norm; or all, with None. Of the others the last layer only makes keys
     and values.
-    k_caches, v_caches: a layer's each. weights: PARTS tensors of each layer, matrices without
-    biases; the activation is SiLU. A quantised matrix is QuantMatrix.weight; scales: of each
-    layer's four matrices QuantMatrix.scales, anything for one that is not quantised, or nothing if
-    none is. fp8: of each layer's four matrices the values and scales of quant.fp8, which serve from
-    128 rows on, or nothing. The rest is as in rope_append (positions to slot_mapping) and
-    paged_attention (block_table to scale).
+    k_caches, v_caches: a layer's each. The rest is as in rope_append (positions, slot_mapping) and
+    paged_attention (block_table to context_lens, max_query_len).
     """
     _decoder_layers(
         out,
         residual,
         k_caches,
         v_caches,
-        weights,
-        scales,
-        fp8,
-        final_norm,
-        cos_sin,
+        decoder.weights,
+        decoder.scales,
+        decoder.fp8,
+        decoder.final_norm,
+        decoder.cos_sin,
         positions,
         slot_mapping,
         block_table,
         query_start,
         context_lens,
         wanted,
-        workspace,
+        decoder.workspace,
         max_query_len,
-        scale,
-        eps,
+        decoder.scale,
+        decoder.eps,
     )
 
 

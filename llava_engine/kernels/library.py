@@ -63,7 +63,8 @@ def programmatic_launch(on: bool) -> Iterator[None]:
     if not on or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         yield
         return
-    library = c_library()
+    _load()
+    library = _quick_functions()
     before = library.llava_engine_programmatic_launch(1)
     try:
         yield
@@ -80,6 +81,12 @@ def c_library() -> ctypes.CDLL:
 @cache
 def _c_functions() -> ctypes.CDLL:
     return ctypes.CDLL(str(LIBRARY))
+
+
+@cache
+def _quick_functions() -> ctypes.PyDLL:
+    """The same for what takes less time than giving up the GIL, and maybe waiting for it."""
+    return ctypes.PyDLL(str(LIBRARY))
 
 
 def require_kernels(device: torch.device) -> None:

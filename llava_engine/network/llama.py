@@ -18,7 +18,7 @@ from llava_engine.errors import UnsupportedModel
 from llava_engine.kernels import linear, quant_linear
 from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.attention import attention_workspace, paged_attention
-from llava_engine.kernels.decoder import decoder_layers
+from llava_engine.kernels.decoder import DecoderTensors, decoder_layers
 from llava_engine.kernels.library import using_references
 from llava_engine.kernels.matmul import HEAD_DIM
 from llava_engine.kernels.norm import add_rms_norm, rms_norm
@@ -81,10 +81,25 @@ class LlamaDecoder:
             config.rope, config.head_dim, config.max_position_embeddings, place.device
         )
 
+    def in_one_call(self, dense: DensePrefill | None) -> DecoderTensors | None:
+        """What the ops take that run all layers of a batch, if they can. dense: as in Batch."""
+        weights = self._weights
+        if weights is None or dense is not None:
+            return None
+        return DecoderTensors(
+            weights,
+            self._scales,
+            self._fp8,
+            self.norm,
+            self._cos_sin,
+            self._workspace,
+            self._scale,
+            self._eps,
+        )
+
     @cached_property
     def _weights(self) -> list[torch.Tensor] | None:
-        """What decoder_layers takes, if the kernels take all that is quantised."""
-        if any(product.matrix is None for product, _ in self.quantised()):
+        if not self._plain or any(product.matrix is None for product, _ in self.quantised()):
             return None
         return [tensor for layer in self._layers for tensor in layer.weights()]
 
@@ -108,7 +123,8 @@ class LlamaDecoder:
         """embeds [T, hidden], which are overwritten, to [T, hidden] after the final norm, or of
         these the `wanted` rows, int64 [R]; fills the batch's cache slots."""
         residual = embeds
-        if self._plain and self._weights is not None and batch.dense is None:
+        in_one = self.in_one_call(batch.dense)
+        if in_one is not None:
             rows = len(residual) if wanted is None else len(wanted)
             out = residual.new_empty(rows, residual.shape[1])
             decoder_layers(
@@ -116,21 +132,14 @@ class LlamaDecoder:
                 residual,
                 k_caches,
                 v_caches,
-                self._weights,
-                self._scales,
-                self._fp8,
-                self.norm,
-                self._cos_sin,
+                in_one,
                 batch.positions,
                 batch.slot_mapping,
                 batch.block_table,
                 batch.query_start,
                 batch.context_lens,
                 wanted,
-                self._workspace,
                 batch.max_query_len,
-                self._scale,
-                self._eps,
             )
             return out
         x = torch.empty_like(residual)

@@ -1,17 +1,19 @@
 """LLaVA: the vision tower, the projector, the decoder and its head, as one model.
 
-Knows tensors only: which rows of a prompt are pictures, and what is sampled, is the runtime's.
+Knows tensors only: which rows of a prompt are pictures, and how is sampled, is the runtime's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from llava_engine.kernels import linear
+from llava_engine.kernels.prefill import StepInputs, prefill_in_parts, prefill_step
 from llava_engine.kernels.projector import project
+from llava_engine.network.attention import DensePrefill
 from llava_engine.network.clip import VisionTower
 from llava_engine.network.config import LlavaConfig
 from llava_engine.network.layers import (
@@ -24,7 +26,7 @@ from llava_engine.network.layers import (
 )
 from llava_engine.network.llama import Batch, LlamaDecoder
 
-__all__ = ["Batch", "LlavaConfig", "LlavaModel"]
+__all__ = ["Batch", "LlavaConfig", "LlavaModel", "batch_of"]
 
 
 class LlavaModel:
@@ -115,6 +117,35 @@ class LlavaModel:
         """Hidden rows [R, hidden] to float32 [R, vocab_size]."""
         return F.linear(hidden, self._head).float()
 
+    def prefill(
+        self,
+        tokens: torch.Tensor,
+        uploaded: torch.Tensor,
+        sizes: list[int],
+        features: Sequence[torch.Tensor],
+        feature_rows: Sequence[int],
+        k_caches: list[torch.Tensor],
+        v_caches: list[torch.Tensor],
+        max_query_len: int,
+        dense: DensePrefill | None = None,
+    ) -> None:
+        """A whole step up to its sampled tokens, in one call where the kernels can.
+
+        max_query_len, dense: as in Batch; the rest as in kernels.prefill.prefill_step.
+        """
+        decoder, head = self._decoder, self._head
+        what = tokens, uploaded, sizes, decoder.embedding, features, feature_rows
+        in_one = decoder.in_one_call(dense)
+        if in_one is not None:
+            prefill_step(*what, k_caches, v_caches, in_one, head, max_query_len)
+            return
+
+        def layers(embeds: torch.Tensor, inputs: StepInputs[torch.Tensor]) -> torch.Tensor:
+            batch = batch_of(inputs, max_query_len, dense)
+            return self.forward(embeds, batch, k_caches, v_caches, inputs.wanted)
+
+        prefill_in_parts(*what, layers, head)
+
     def decode_logits(
         self,
         token_ids: torch.Tensor,
@@ -149,3 +180,18 @@ class LlavaModel:
         yield from self._decoder.slots()
         if not self.config.tie_word_embeddings:
             yield "language_model.lm_head.weight", self._head
+
+
+def batch_of(
+    inputs: StepInputs[torch.Tensor], max_query_len: int, dense: DensePrefill | None = None
+) -> Batch:
+    """A step as the decoder takes it."""
+    return Batch(
+        positions=inputs.positions,
+        slot_mapping=inputs.slot_mapping,
+        block_table=inputs.block_table,
+        query_start=inputs.query_start,
+        context_lens=inputs.context_lens,
+        max_query_len=max_query_len,
+        dense=dense,
+    )

@@ -1,4 +1,4 @@
-"""Runs one step: builds the flat batch, encodes pictures, runs the decoder, samples.
+"""Runs one step: encodes pictures, builds the flat batch, has the model prefill and sample.
 
 A step mixes prefill chunks and decoding sequences freely. Nothing here advances a sequence, so a
 step that fails can be run again, whole or sequence by sequence.
@@ -14,13 +14,13 @@ import numpy.typing as npt
 import torch
 
 from llava_engine.kernels.library import programmatic_launch
-from llava_engine.network.attention import prefill_attention
-from llava_engine.network.llama import Batch
+from llava_engine.kernels.prefill import StepInputs, pack
+from llava_engine.network.attention import DensePrefill, prefill_attention
 from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime.feature_cache import FeatureCache
 from llava_engine.runtime.kv_cache import KVCache
 from llava_engine.runtime.picture_encoder import PictureEncoder
-from llava_engine.runtime.sampler import Sampler
+from llava_engine.runtime.sampler import sampling_inputs
 from llava_engine.runtime.scheduler import Scheduled
 from llava_engine.runtime.sequence import Picture, Sequence
 from llava_engine.runtime.streams import DeviceStreams
@@ -50,7 +50,7 @@ class ModelRunner:
         self._encode = PictureEncoder(model, streams, captures=captures)
         self._device = device = model.device
         text = model.config.text
-        self._sampler = Sampler(text.vocab_size, model.config.image_token_id)
+        self._vocab_size, self._image_token_id = text.vocab_size, model.config.image_token_id
         self._prefill = prefill_attention(attention, text, model.dtype, device)
         self._block_size = cache.block_size
         self._overlap = overlap
@@ -64,25 +64,32 @@ class ModelRunner:
             [(entry.sequence, picture) for entry in step for picture in _pictures_in(entry)]
         )
         # The device encodes while the rest is prepared, and waits for nothing until it has sampled.
+        # Each call below that leaves Python gives up its lock: they are few.
         complete = [row for row, entry in enumerate(step) if entry.completes]
-        sequences = [step[row].sequence for row in complete]
-        arrays = self._arrays(step)
-        query_start = arrays[-1]
-        last_rows = query_start[1:][complete].astype(np.int64) - 1
-        arguments = self._sampler.arguments(sequences) if complete else []
-        there = self._streams.upload_vectors([*arrays, last_rows, *arguments])
-        last, *sampling = there[len(arrays) :]
-        embeds, batch = self._embed(step, there[0]), self._batch(arrays, there)
+        inputs = self._inputs(step, complete)
+        packed, sizes = pack(inputs)
+        uploaded, _ = self._streams.upload([packed])
+        features, feature_rows = _features_in(step)
+        dense = self._dense(inputs)
+        tokens = torch.empty(len(complete), dtype=torch.int64, device=self._device)
         with programmatic_launch(self._overlap):
-            hidden = self._model.forward(embeds, batch, self._cache.keys, self._cache.values, last)
-        tokens: list[int | None] = [None] * len(step)
-        if complete:
-            sampled = self._sampler(self._model.logits(hidden), sampling)
+            self._model.prefill(
+                tokens,
+                uploaded,
+                sizes,
+                features,
+                feature_rows,
+                self._cache.keys,
+                self._cache.values,
+                max(entry.num_tokens for entry in step),
+                dense,
+            )
         launched()
+        sampled: list[int | None] = [None] * len(step)
         if complete:
-            for row, token in zip(complete, sampled.tolist(), strict=True):
-                tokens[row] = token
-        return tokens
+            for row, token in zip(complete, tokens.tolist(), strict=True):
+                sampled[row] = token
+        return sampled
 
     def close(self) -> None:
         """Drop what was captured; nothing may run any more."""
@@ -106,16 +113,14 @@ class ModelRunner:
                 sequence.features[picture.key] = known
         if missing:
             encoded = self._encode([picture.pixels for picture in missing.values()])
-            for key, batched in zip(missing, encoded.unbind(), strict=True):
-                features = batched.clone()  # a view would keep the whole batch alive
+            for key, features in zip(missing, encoded, strict=True):
                 self._features.put(key, features)
                 for sequence, wanted_key in wanted:
                     if wanted_key == key:
                         sequence.features[key] = features
 
-    def _arrays(self, step: list[Scheduled]) -> list[npt.NDArray[Any]]:
-        """Token ids [T], then what a Batch has: positions, slot_mapping, block_table, context_lens
-        and query_start."""
+    def _inputs(self, step: list[Scheduled], complete: list[int]) -> StepInputs[npt.NDArray[Any]]:
+        """The step on the host; those of its entries that are `complete` sample."""
         size = self._block_size
         width = max(len(entry.sequence.block_table) for entry in step)
         table = np.zeros((len(step), width), dtype=np.int32)
@@ -128,50 +133,41 @@ class ModelRunner:
             positions.append(places)
             slots.append(blocks[places // size] * size + places % size)
             ids.append(np.asarray(entry.sequence.token_ids[start:end], dtype=np.int64))
-        return [
-            np.maximum(np.concatenate(ids), 0),  # a picture's rows are overwritten
-            np.concatenate(positions),
-            np.concatenate(slots),
-            table.reshape(-1),
-            np.array([entry.sequence.computed + entry.num_tokens for entry in step], np.int32),
-            np.cumsum([0, *(entry.num_tokens for entry in step)], dtype=np.int32),
-        ]
-
-    def _batch(self, arrays: list[npt.NDArray[Any]], there: list[torch.Tensor]) -> Batch:
-        """The step as the decoder takes it, of `_arrays` and their copies on the device."""
-        *_, table, context_lens, query_start = arrays
-        sequences = len(context_lens)
-        _, positions, slot_mapping, block_table, lens_there, start_there, *_ = there
-        counts, lens = np.diff(query_start).tolist(), context_lens.tolist()
-        return Batch(
-            positions=positions,
-            slot_mapping=slot_mapping,
-            block_table=block_table.view(sequences, -1),
-            context_lens=lens_there,
-            query_start=start_there,
-            max_query_len=max(counts),
-            dense=self._prefill.plan(
-                counts, lens, table.reshape(sequences, -1), self._block_size, self._device
-            )
-            if self._prefill is not None
-            else None,
+        query_start = np.cumsum([0, *(entry.num_tokens for entry in step)], dtype=np.int32)
+        ends = [entry.sequence.computed + entry.num_tokens for entry in step]
+        return StepInputs(
+            token_ids=np.maximum(np.concatenate(ids), 0),  # a picture's rows are overwritten
+            positions=np.concatenate(positions),
+            slot_mapping=np.concatenate(slots),
+            wanted=query_start[1:][complete].astype(np.int64) - 1,
+            block_table=table,
+            query_start=query_start,
+            context_lens=np.array(ends, np.int32),
+            **sampling_inputs(
+                [step[row].sequence for row in complete], self._vocab_size, self._image_token_id
+            ),
         )
 
-    def _embed(self, step: list[Scheduled], token_ids: torch.Tensor) -> torch.Tensor:
-        """Input embeddings [tokens, hidden] of the step, with features in the pictures' rows."""
-        embeds = self._model.embed(token_ids)
-        row = 0
-        for entry in step:
-            start = entry.sequence.computed
-            for picture in _pictures_in(entry):
-                first = max(start, picture.offset)
-                last = min(start + entry.num_tokens, picture.offset + picture.length)
-                features = entry.sequence.features[picture.key]
-                embeds[row + first - start : row + last - start] = features[
-                    first - picture.offset : last - picture.offset
-                ]
-            row += entry.num_tokens
-        return embeds
+    def _dense(self, inputs: StepInputs[npt.NDArray[Any]]) -> DensePrefill | None:
+        if self._prefill is None:
+            return None
+        counts, lens = np.diff(inputs.query_start).tolist(), inputs.context_lens.tolist()
+        return self._prefill.plan(counts, lens, inputs.block_table, self._block_size, self._device)
+
+
+def _features_in(step: list[Scheduled]) -> tuple[list[torch.Tensor], list[int]]:
+    """The features with rows in the step, and of each where there these begin, the first of them
+    and how many."""
+    features, rows, row = [], [], 0
+    for entry in step:
+        start = entry.sequence.computed
+        for picture in _pictures_in(entry):
+            first = max(start, picture.offset)
+            last = min(start + entry.num_tokens, picture.offset + picture.length)
+            features.append(entry.sequence.features[picture.key])
+            rows += [row + first - start, first - picture.offset, last - first]
+        row += entry.num_tokens
+    return features, rows
 
 
 def _pictures_in(entry: Scheduled) -> list[Picture]:

@@ -7,6 +7,8 @@ runner's.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from llava_engine.kernels.preprocess import DecodedPicture, preprocess
@@ -18,6 +20,14 @@ from llava_engine.runtime.streams import DeviceStreams
 MOST_AT_ONCE = 8
 """Pictures; more are encoded in several turns, since the GPU gains little by more and attention
 plans anew for every number of them."""
+
+
+class _Captured(NamedTuple):
+    """A graph, and what it reads and writes for each of its pictures."""
+
+    graph: int
+    patches: tuple[torch.Tensor, ...]
+    rows: tuple[torch.Tensor, ...]
 
 
 class PictureEncoder:
@@ -32,23 +42,25 @@ class PictureEncoder:
         self._graphs: CapturedGraphs | None = None
         if captures and streams.prefill is not None:
             self._graphs = CapturedGraphs(streams.prefill)
-        self._captured: dict[int, int] = {}
+        self._captured: dict[int, _Captured] = {}
         # What every graph reads and writes, the first pictures of them.
         self._patches: torch.Tensor | None = None
         self._rows: torch.Tensor | None = None
 
-    def __call__(self, pictures: list[DecodedPicture]) -> torch.Tensor:
-        """Embedding rows [n, image_tokens, hidden], the caller's own."""
-        rows = self._empty_rows(len(pictures))
+    def __call__(self, pictures: list[DecodedPicture]) -> list[torch.Tensor]:
+        """Each picture's embedding rows [image_tokens, hidden], the caller's own."""
+        encoded: list[torch.Tensor] = []
         for start in range(0, len(pictures), MOST_AT_ONCE):
-            turn = slice(start, start + MOST_AT_ONCE)
+            turn = pictures[start : start + MOST_AT_ONCE]
             if self._graphs is None:
-                patches = self._empty_patches(len(pictures[turn]))
-                self._prepare(patches, pictures[turn])
-                self._model.encode_images(patches, rows[turn])
+                patches, together = self._empty_patches(len(turn)), self._empty_rows(len(turn))
+                self._prepare(patches.unbind(), turn)
+                rows = self._model.encode_images(patches, together).unbind()
             else:
-                self._replay(self._graphs, rows[turn], pictures[turn])
-        return rows
+                rows = self._replay(self._graphs, turn)
+            # A graph's rows are overwritten by the next, and a view would keep all of them alive.
+            encoded += [each.clone() for each in rows]
+        return encoded
 
     def close(self) -> None:
         """Drop what was captured."""
@@ -67,8 +79,8 @@ class PictureEncoder:
         shape = count, config.image_tokens, config.text.hidden_size
         return torch.empty(shape, dtype=model.dtype, device=model.device)
 
-    def _prepare(self, patches: torch.Tensor, pictures: list[DecodedPicture]) -> None:
-        """Upload the pictures and write the rows of their patches.
+    def _prepare(self, patches: tuple[torch.Tensor, ...], pictures: list[DecodedPicture]) -> None:
+        """Upload the pictures and write the rows of the patches of each.
 
         In one upload, since Python's lock is given up and asked for again with each; what pictures
         have in common, as their levels, is uploaded once.
@@ -82,21 +94,22 @@ class PictureEncoder:
             preprocess(rows, picture, there, its_places, patch_size)
 
     def _replay(
-        self, graphs: CapturedGraphs, out: torch.Tensor, pictures: list[DecodedPicture]
-    ) -> None:
-        count = len(pictures)
+        self, graphs: CapturedGraphs, pictures: list[DecodedPicture]
+    ) -> tuple[torch.Tensor, ...]:
+        captured = self._captured.get(len(pictures))
+        if captured is None:
+            captured = self._captured[len(pictures)] = self._capture(graphs, len(pictures))
+        self._prepare(captured.patches, pictures)
+        graphs.launch(captured.graph)
+        return captured.rows
+
+    def _capture(self, graphs: CapturedGraphs, count: int) -> _Captured:
         if self._patches is None or self._rows is None:
             self._patches = self._empty_patches(MOST_AT_ONCE).zero_()
             self._rows = self._empty_rows(MOST_AT_ONCE)
-        patches, rows = self._patches[:count], self._rows[:count]
-        graph = self._captured.get(count)
-        if graph is None:
-            model = self._model
+        patches, rows, model = self._patches[:count], self._rows[:count], self._model
 
-            def encode() -> None:
-                model.encode_images(patches, rows)
+        def encode() -> None:
+            model.encode_images(patches, rows)
 
-            graph = self._captured[count] = graphs.capture(encode)
-        self._prepare(patches, pictures)
-        graphs.launch(graph)
-        out.copy_(rows)
+        return _Captured(graphs.capture(encode), patches.unbind(), rows.unbind())

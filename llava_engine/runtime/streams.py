@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -18,12 +17,6 @@ from llava_engine.kernels.library import c_library
 from llava_engine.runtime.host_copy import PIECE_BYTES, PIECES, HostCopies
 
 _ALIGNMENT = 256  # bytes, of each array on the device
-_TYPES = {
-    np.dtype(np.uint8): torch.uint8,
-    np.dtype(np.int32): torch.int32,
-    np.dtype(np.int64): torch.int64,
-    np.dtype(np.float32): torch.float32,
-}
 
 
 class DeviceStreams:
@@ -89,26 +82,6 @@ class DeviceStreams:
                 copy = torch.tensor(array).view(torch.uint8).view(-1)
                 there[place : place + array.nbytes] = copy
         return there, places
-
-    def upload_arrays(self, arrays: list[npt.NDArray[Any]]) -> list[torch.Tensor]:
-        """`upload`, as tensors: of uint8, int32, int64 or float32. They share their memory."""
-        there, places = self.upload(arrays)
-        return [
-            there[place : place + array.nbytes].view(_TYPES[array.dtype]).view(array.shape)
-            for array, place in zip(arrays, places, strict=True)
-        ]
-
-    def upload_vectors(self, vectors: list[npt.NDArray[Any]]) -> list[torch.Tensor]:
-        """`upload_arrays` for many short vectors: those of a type go as one, parted there."""
-        groups: dict[np.dtype[Any], list[npt.NDArray[Any]]] = {}
-        for vector in vectors:
-            groups.setdefault(vector.dtype, []).append(vector)
-        joined = self.upload_arrays([np.concatenate(group) for group in groups.values()])
-        parts = {
-            dtype: iter(whole.split_with_sizes([len(vector) for vector in group]))
-            for (dtype, group), whole in zip(groups.items(), joined, strict=True)
-        }
-        return [next(parts[vector.dtype]) for vector in vectors]
 
     def close(self) -> None:
         """No more uploads. May be called again."""

@@ -13,6 +13,7 @@ from PIL import Image
 from support.checkpoints import make_checkpoint
 from support.gpu import GPU, NEEDS_GPU
 from support.pictures import odd_pictures, random_image, random_images, rows_of
+from support.uploads import uploaded_arrays
 
 import llava_engine
 from llava_engine import EngineConfig, PoolConfig, WorkerPool
@@ -161,7 +162,7 @@ def test_uploads_of_any_layout_one_right_after_the_other(generator: np.random.Ge
         if busy:  # so that the pieces are full, and no copy is done, when the next upload comes
             torch.cuda._sleep(20_000_000)
         copies = [
-            streams.upload_arrays(arrays[turn:] + arrays[:turn]) for turn in range(len(arrays))
+            uploaded_arrays(streams, arrays[turn:] + arrays[:turn]) for turn in range(len(arrays))
         ]
         for turn, uploaded in enumerate(copies):
             for copy, array in zip(uploaded, arrays[turn:] + arrays[:turn], strict=True):
@@ -176,7 +177,7 @@ def test_uploads_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(streams_module, "c_library", lacking)
     arrays = [np.arange(12, dtype=np.int32).reshape(3, 4), np.ones((9, 8, 3), np.uint8)[:, 2:5]]
-    for copy, array in zip(DeviceStreams(GPU).upload_arrays(arrays), arrays, strict=True):
+    for copy, array in zip(uploaded_arrays(DeviceStreams(GPU), arrays), arrays, strict=True):
         assert copy.is_cuda
         np.testing.assert_array_equal(copy.cpu().numpy(), array, strict=True)
 
@@ -195,8 +196,13 @@ def test_features_are_those_of_pictures_that_the_cpu_resampled(
     with torch.inference_mode(), streams.prefilling():
         for count in (1, 5):
             features = [
-                encode(
-                    [decoded_picture(image, processor, resample=cpu) for image in images[:count]]
+                torch.stack(
+                    encode(
+                        [
+                            decoded_picture(image, processor, resample=cpu)
+                            for image in images[:count]
+                        ]
+                    )
                 )
                 for cpu in (True, False)
             ]

@@ -14,6 +14,7 @@ from support.checkpoints import make_checkpoint
 from support.fake_copies import DEVICE, FLAGS, SOURCES, FakeCopies, Helpers, helper_threads
 from support.fake_device import compile_native
 from support.runtime import CPU, until
+from support.uploads import uploaded_arrays
 
 from llava_engine.config import EngineConfig
 from llava_engine.network.weights import load_model
@@ -207,7 +208,7 @@ def test_streams_end_the_threads_of_their_uploads(
         monkeypatch.setattr(torch._C, current, lambda device: stream, raising=False)
         arrays = [array for array in odd_arrays() if array.size]
         arrays += [np.arange(9), np.arange(7)[::3]]
-        copies = streams.upload_arrays(arrays)
+        copies = uploaded_arrays(streams, arrays)
         device.finish()
         for copy, array in zip(copies, arrays, strict=True):
             np.testing.assert_array_equal(copy.numpy(), array, strict=True)

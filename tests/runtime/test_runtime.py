@@ -150,7 +150,7 @@ def test_a_picture_that_comes_is_encoded_while_others_decode(
     decoding: list[bool] = []
     encode = PictureEncoder.__call__
 
-    def watched(self: PictureEncoder, pictures: list[DecodedPicture]) -> torch.Tensor:
+    def watched(self: PictureEncoder, pictures: list[DecodedPicture]) -> list[torch.Tensor]:
         decoding.append(runtime._decoder.decodes)
         if decoding == [True]:
             raise ValueError("planted")
@@ -438,14 +438,14 @@ def test_readers_are_woken_when_the_device_has_work(
     """A GPU would wait while they take Python's lock between the steps of other prompts; on the CPU
     they would wait for a whole step."""
     first, long, told = Sink(), Sink(), []
-    forward, submitted = LlavaModel.forward, threading.Event()
+    prefill, submitted = LlavaModel.prefill, threading.Event()
 
-    def watched(self: LlavaModel, *arguments: Any) -> torch.Tensor:
+    def watched(self: LlavaModel, *arguments: Any) -> None:
         submitted.wait()
         told.append(len(first.tokens) - first.flushed)
-        return forward(self, *arguments)
+        prefill(self, *arguments)
 
-    monkeypatch.setattr(LlavaModel, "forward", watched)
+    monkeypatch.setattr(LlavaModel, "prefill", watched)
     for runtime in running(world, 400):
         runtime.submit(world.sequence(None, [60] * 23, 5, first))
         runtime.submit(world.sequence(None, [61] * 100, 1, long))

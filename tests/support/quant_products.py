@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llava_engine.kernels.attention import attention_workspace
-from llava_engine.kernels.decoder import decoder_layers
+from llava_engine.kernels.decoder import DecoderTensors, decoder_layers
 from llava_engine.kernels.dequantize import BLOCK, GROUP
 from llava_engine.kernels.fp8 import FP8
 from llava_engine.quant import Format, QuantisedWeight
@@ -112,25 +112,28 @@ class Layers:
         places = torch.arange(count, device=device)
         angles = places.unsqueeze(1) * 0.01 ** torch.linspace(0, 1, DIM // 2, device=device)
         out = torch.full((count, HIDDEN), torch.nan, dtype=to, device=device)
-        decoder_layers(
-            out,
-            rows.to(to, copy=True),
-            list(caches[0]),
-            list(caches[1]),
+        decoder = DecoderTensors(
             weights,
             self._scales if quantised else [],
             [],
             self.final_norm.to(to),
             torch.cat((angles.cos(), angles.sin()), dim=1),
+            attention_workspace(Q_HEADS, KV_HEADS, DIM, device),
+            DIM**-0.5,
+            1e-5,
+        )
+        decoder_layers(
+            out,
+            rows.to(to, copy=True),
+            list(caches[0]),
+            list(caches[1]),
+            decoder,
             places,
             places,
             torch.arange(blocks, device=device).int().unsqueeze(0),
             torch.tensor([0, count], device=device).int(),
             torch.tensor([count], device=device).int(),
             None,
-            attention_workspace(Q_HEADS, KV_HEADS, DIM, device),
             count,
-            DIM**-0.5,
-            1e-5,
         )
         return out

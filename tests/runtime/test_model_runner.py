@@ -1,0 +1,93 @@
+"""A step's calls out of Python: at each its lock is given up, and others may keep it for long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.runtime import CPU, Sink, World, make_world
+from torch.overrides import TorchFunctionMode
+
+from llava_engine import EngineConfig, SamplingParams
+from llava_engine.network import llava
+from llava_engine.runtime.feature_cache import FeatureCache
+from llava_engine.runtime.kv_cache import KVCache
+from llava_engine.runtime.model_runner import ModelRunner
+from llava_engine.runtime.scheduler import Scheduled
+from llava_engine.runtime.sequence import Sequence
+from llava_engine.runtime.streams import DeviceStreams
+
+
+class Calls(TorchFunctionMode):
+    """Names of what is called of torch's; what it does in turn counts as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.__name__ != "__get__":  # an attribute, for which the lock is kept
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def as_one(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.names.append(name)
+            with torch._C.DisableTorchFunction():
+                return call(*args, **kwargs)
+
+        return counted
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@torch.inference_mode()
+def test_a_step_is_few_calls(
+    world: World, penalty: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text, size = world.ours.config.text, EngineConfig().block_size
+    cache = KVCache(
+        num_layers=text.num_layers,
+        num_kv_heads=text.num_kv_heads,
+        head_dim=text.head_dim,
+        block_size=size,
+        dtype=world.ours.dtype,
+        device=CPU,
+    )
+    cache.resize(40, {})
+    streams = DeviceStreams(CPU)
+    runner = ModelRunner(world.ours, cache, FeatureCache(0), streams)
+    sequences: list[Sequence] = []
+    free = list(range(40))
+    for picture, question in ((0, [9, 8]), (None, [5, 6, 7]), (1, [4] * 20)):
+        sampling = SamplingParams(ignore_eos=True, repetition_penalty=penalty)
+        sequence = world.sequence(picture, question, 4, Sink(), sampling=sampling)
+        sequence.block_table = [free.pop() for _ in range(-(-len(sequence) // size))]
+        sequences.append(sequence)
+    runner.encode_pictures([(each, picture) for each in sequences for picture in each.pictures])
+    *whole, part = sequences
+    step = [*(Scheduled(each, len(each)) for each in whole), Scheduled(part, len(part) - 3)]
+
+    calls = Calls()
+    monkeypatch.setattr(streams, "upload", calls.as_one("upload", streams.upload))
+    monkeypatch.setattr(llava, "prefill_step", calls.as_one("prefill_step", llava.prefill_step))
+    launched: list[list[str]] = []
+    with calls:
+        tokens = runner.run(step, lambda: launched.append(list(calls.names)))
+    # On a GPU the upload is two: the device's memory, and the copy to it.
+    assert launched == [["upload", "empty", "prefill_step"]]
+    assert calls.names == [*launched[0], "tolist"]
+    assert tokens == [
+        *world.expected(0, [9, 8], 1, penalty),
+        *world.expected(None, [5, 6, 7], 1, penalty),
+        None,
+    ]
