@@ -12,7 +12,7 @@ import torch
 from llava_engine.runtime.decode_loop import TokenEvent
 from llava_engine.runtime.decode_state import RING_STEPS
 from llava_engine.runtime.decoder import Decoder
-from llava_engine.runtime.failures import LOST, of_request, raise_if_lost
+from llava_engine.runtime.failures import LOST, MemoryErrors, of_request, raise_if_lost
 from llava_engine.runtime.inbox import Inbox
 from llava_engine.runtime.model_runner import ModelRunner
 from llava_engine.runtime.picture_encoder import MOST_AT_ONCE
@@ -49,6 +49,7 @@ class Steps:
         self._on_tokens = on_tokens
         self._range = opened
         self._asynchronous = device.type == "cuda"
+        self._memory_errors = MemoryErrors(device)
         self._unflushed: list[TokenSink] = []
 
     def close(self) -> None:
@@ -94,6 +95,7 @@ class Steps:
             raise
         except Exception as error:
             raise_if_lost(self._device)
+            out_of_memory = self._memory_errors.happened()
             self._flush()
             # Its frames hold the step's tensors: memory that the next try may need, and that would
             # be kept as long as a reader keeps the exception.
@@ -106,7 +108,8 @@ class Steps:
                     self._unflushed.append(entry.sequence.sink)
             return
         if len(step) == 1:
-            self._scheduler.fail(step[0].sequence, of_request(failure))
+            failed = of_request(failure, out_of_memory=out_of_memory)
+            self._scheduler.fail(step[0].sequence, failed)
             return
         # One sequence's failure is its own: find it by running each alone.
         logger.warning("A step of %d sequences failed; running each alone.", len(step))

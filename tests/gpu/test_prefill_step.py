@@ -25,6 +25,7 @@ from support.prefill import (
 from llava_engine.kernels.library import programmatic_launch
 from llava_engine.network.llava import LlavaModel
 from llava_engine.network.weights import load_model
+from llava_engine.runtime.failures import MemoryErrors
 
 pytestmark = NEEDS_GPU
 
@@ -77,3 +78,23 @@ def test_sizes_that_do_not_belong_together_are_refused(model: LlavaModel, change
     step = make_step(model)
     with pytest.raises(RuntimeError):
         in_one_call(model, change(step), make_caches(model, step))
+
+
+@torch.inference_mode()
+def test_memory_that_is_lacking_within_the_call_is_counted(model: LlavaModel) -> None:
+    """torch's own error does not come through; the call works again when there is room."""
+    step = make_step(model, lengths=[(1500, 1500), *LENGTHS])
+    caches = make_caches(model, step)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    errors = MemoryErrors(GPU)
+    torch.cuda.set_per_process_memory_fraction(1e-6)  # what is free stays so
+    try:
+        with pytest.raises(RuntimeError):
+            in_one_call(model, step, caches)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert errors.happened() and not errors.happened()
+    in_one_call(model, step, caches)
+    assert (step.tokens >= 0).all()
+    assert not errors.happened()

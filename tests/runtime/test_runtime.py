@@ -24,6 +24,7 @@ from llava_engine.kernels.preprocess import DecodedPicture
 from llava_engine.network.attention import DensePrefill, PrefillAttention
 from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime.decode_loop import TokenEvent
+from llava_engine.runtime.failures import MemoryErrors
 from llava_engine.runtime.kv_cache import KVCache
 from llava_engine.runtime.model_runner import ModelRunner
 from llava_engine.runtime.picture_encoder import PictureEncoder
@@ -304,6 +305,23 @@ def test_out_of_memory_in_a_request_is_its_own(
     with pytest.raises(MemoryExhausted):
         hungry.wait()
     assert modest.wait() == world.expected(2, [60], 6)
+
+
+def test_out_of_memory_within_an_op_is_out_of_memory(
+    world: World, runtime: DeviceRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it comes as a RuntimeError and is seen by torch's count alone."""
+
+    def prefill(*args: object) -> None:
+        raise RuntimeError("aoti_torch_aten_new_empty failed")
+
+    monkeypatch.setattr(type(world.ours), "prefill", prefill)
+    for out_of_memory, expected in ((True, MemoryExhausted), (False, RequestFailed)):
+        monkeypatch.setattr(MemoryErrors, "happened", lambda self, happened=out_of_memory: happened)
+        sink = Sink()
+        runtime.submit(world.sequence(None, [60], 6, sink))
+        with pytest.raises(expected):
+            sink.wait()
 
 
 def test_what_a_failed_step_held_is_free_before_the_next_try(
