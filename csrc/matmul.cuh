@@ -317,13 +317,17 @@ __global__ __launch_bounds__(kMatmulThreads, 1) void matmul_kernel(
     // The same in all lanes, and known to be: what a product is told must be in uniform registers.
     const int half = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0) - 1;
     const int member = threadIdx.x % kWarpgroup;
-    const auto release = [&](int slot) {
-      if (member < kCluster) barrier_arrive_at(empty + slot, member);
-    };
-    const int items = work.tile_pairs * work.token_tiles;
+    const int items = work.tile_pairs * work.token_tiles, clusters = gridDim.x / kCluster;
     const int depths = ceil_div<int>(work.inputs, kSwizzleBytes / sizeof(In));
+    // The last slots are not filled again, and nobody waits for their release: it might reach the
+    // other block when that has ended.
+    int awaited =
+        ceil_div<int>(items - blockIdx.x / kCluster, clusters) * depths - Memory::kStages;
+    const auto release = [&](int slot) {
+      if (awaited-- > 0 && member < kCluster) barrier_arrive_at(empty + slot, member);
+    };
     Cursor at;
-    for (int item = blockIdx.x / kCluster; item < items; item += gridDim.x / kCluster) {
+    for (int item = blockIdx.x / kCluster; item < items; item += clusters) {
       const int tile = item / work.token_tiles * kCluster + cluster_rank();
       const int token = item % work.token_tiles * kTokens;
       wait_for_predecessor();
@@ -354,7 +358,7 @@ __global__ __launch_bounds__(kMatmulThreads, 1) void matmul_kernel(
     }
   }
   __syncwarp();
-  cluster_sync();  // the other block may still arrive at this one's barriers
+  cluster_sync();  // neither ends before the other is done
 #endif
 }
 
