@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -87,13 +88,19 @@ def test_memory_that_is_lacking_within_the_call_is_counted(model: LlavaModel) ->
     caches = make_caches(model, step)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    errors = MemoryErrors(GPU)
-    torch.cuda.set_per_process_memory_fraction(1e-6)  # what is free stays so
+    torch.cuda.set_per_process_memory_fraction(1e-6)  # no more than there is
+    taken = []
     try:
+        for nbytes in (16 << 20, 2 << 20, 64 << 10, 512):
+            with suppress(torch.OutOfMemoryError):
+                while True:
+                    taken.append(torch.empty(nbytes, dtype=torch.uint8, device=GPU))
+        errors = MemoryErrors(GPU)
         with pytest.raises(RuntimeError):
             in_one_call(model, step, caches)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    taken.clear()
     assert errors.happened() and not errors.happened()
     in_one_call(model, step, caches)
     assert (step.tokens >= 0).all()
