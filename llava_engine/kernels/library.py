@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -136,6 +136,16 @@ def define(schema: str, reference: Callable[..., None]) -> Callable[..., None]:
         op(out, *arguments)
 
     return call
+
+
+def hold(tensors: Iterable[torch.Tensor]) -> object:
+    """What has torch's C++ refer to tensors while it is there: to those that go to an op often.
+
+    An op drops its arguments while Python's lock is given up. Where nothing else in C++ refers to a
+    tensor, torch takes the lock for that (pytorch#167564): in a call with all weights of a decoder
+    267 times, and beside threads that compute it waits for it again and again.
+    """
+    return torch._C.ScriptList(list(tensors))
 
 
 def _fake(*args: object, **kwargs: object) -> None:

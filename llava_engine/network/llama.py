@@ -19,7 +19,7 @@ from llava_engine.kernels import linear, quant_linear
 from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.attention import attention_workspace, paged_attention
 from llava_engine.kernels.decoder import DecoderTensors, decoder_layers
-from llava_engine.kernels.library import using_references
+from llava_engine.kernels.library import hold, using_references
 from llava_engine.kernels.matmul import HEAD_DIM
 from llava_engine.kernels.norm import add_rms_norm, rms_norm
 from llava_engine.kernels.rope_kv import rope_append
@@ -75,6 +75,8 @@ class LlamaDecoder:
         self._plain = all(layer.plain for layer in self._layers)
         self._quantised = any(True for _ in self.quantised())
         self._fp8: list[torch.Tensor] = []
+        self._one_call: DecoderTensors | None = None
+        self._held: object = None  # its tensors
         self.fused_rows = min(layer.fused_rows for layer in self._layers)
         """The most sequences that `decode` takes."""
         self._cos_sin = cos_sin_table(
@@ -86,16 +88,13 @@ class LlamaDecoder:
         weights = self._weights
         if weights is None or dense is not None:
             return None
-        return DecoderTensors(
-            weights,
-            self._scales,
-            self._fp8,
-            self.norm,
-            self._cos_sin,
-            self._workspace,
-            self._scale,
-            self._eps,
-        )
+        if self._one_call is None:
+            scales, fp8, norm, cos_sin = self._scales, self._fp8, self.norm, self._cos_sin
+            self._held = hold([*weights, *scales, *fp8, norm, cos_sin, self._workspace])
+            self._one_call = DecoderTensors(
+                weights, scales, fp8, norm, cos_sin, self._workspace, self._scale, self._eps
+            )
+        return self._one_call
 
     @cached_property
     def _weights(self) -> list[torch.Tensor] | None:
@@ -203,6 +202,7 @@ class LlamaDecoder:
         self._fp8 = [
             tensor for copy in copies if copy is not None for tensor in (copy.values, copy.scales)
         ]
+        self._one_call = None  # they are part of it
 
     @property
     def fp8_nbytes(self) -> int:

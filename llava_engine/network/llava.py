@@ -6,11 +6,13 @@ Knows tensors only: which rows of a prompt are pictures, and how is sampled, is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
 from llava_engine.kernels import linear
+from llava_engine.kernels.library import hold
 from llava_engine.kernels.prefill import StepInputs, prefill_in_parts, prefill_step
 from llava_engine.kernels.projector import project
 from llava_engine.network.attention import DensePrefill
@@ -133,7 +135,7 @@ class LlavaModel:
 
         max_query_len, dense: as in Batch; the rest as in kernels.prefill.prefill_step.
         """
-        decoder, head = self._decoder, self._head
+        decoder, head, _ = self._decoder, self._head, self._held
         what = tokens, uploaded, sizes, decoder.embedding, features, feature_rows
         in_one = decoder.in_one_call(dense)
         if in_one is not None:
@@ -145,6 +147,10 @@ class LlavaModel:
             return self.forward(embeds, batch, k_caches, v_caches, inputs.wanted)
 
         prefill_in_parts(*what, layers, head)
+
+    @cached_property
+    def _held(self) -> object:
+        return hold([self._decoder.embedding, self._head])
 
     def decode_logits(
         self,

@@ -14,6 +14,8 @@ from hashlib import blake2b
 
 import torch
 
+from llava_engine.kernels.library import hold
+
 
 def extend_digests(
     digests: list[bytes], token_ids: Sequence[int], block_size: int, salt: bytes
@@ -186,6 +188,7 @@ class KVCache:
         empty = torch.empty((0, *self._block_shape), dtype=dtype, device=device)
         self.keys = [empty] * num_layers
         self.values = [empty] * num_layers
+        self._held: object = None
 
     @property
     def num_blocks(self) -> int:
@@ -194,6 +197,7 @@ class KVCache:
 
     def resize(self, num_blocks: int, moves: dict[int, int]) -> None:
         """Follow BlockPool.resize, one tensor at a time, so that only one is there twice."""
+        self._held = None
         sources, targets = list(moves.keys()), list(moves.values())
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
@@ -205,3 +209,4 @@ class KVCache:
                 if moves:
                     new[targets] = old[sources]
                 tensors[layer] = new
+        self._held = hold([*self.keys, *self.values])

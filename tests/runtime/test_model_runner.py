@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from support.runtime import CPU, Sink, World, make_world
 from torch.overrides import TorchFunctionMode
 
 from llava_engine import EngineConfig, SamplingParams
+from llava_engine.kernels.library import hold
 from llava_engine.network import llava
 from llava_engine.runtime.feature_cache import FeatureCache
 from llava_engine.runtime.kv_cache import KVCache
@@ -49,11 +50,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-@torch.inference_mode()
-def test_a_step_is_few_calls(
-    world: World, penalty: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def make_runner(world: World, *, penalty: float = 1.0) -> tuple[ModelRunner, list[Scheduled]]:
+    """And a step: two whole prompts, of which one has a picture, and a part of a third."""
     text, size = world.ours.config.text, EngineConfig().block_size
     cache = KVCache(
         num_layers=text.num_layers,
@@ -64,8 +62,7 @@ def test_a_step_is_few_calls(
         device=CPU,
     )
     cache.resize(40, {})
-    streams = DeviceStreams(CPU)
-    runner = ModelRunner(world.ours, cache, FeatureCache(0), streams)
+    runner = ModelRunner(world.ours, cache, FeatureCache(0), DeviceStreams(CPU))
     sequences: list[Sequence] = []
     free = list(range(40))
     for picture, question in ((0, [9, 8]), (None, [5, 6, 7]), (1, [4] * 20)):
@@ -75,8 +72,17 @@ def test_a_step_is_few_calls(
         sequences.append(sequence)
     runner.encode_pictures([(each, picture) for each in sequences for picture in each.pictures])
     *whole, part = sequences
-    step = [*(Scheduled(each, len(each)) for each in whole), Scheduled(part, len(part) - 3)]
+    return runner, [
+        *(Scheduled(each, len(each)) for each in whole),
+        Scheduled(part, len(part) - 3),
+    ]
 
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@torch.inference_mode()
+def test_a_step_is_few_calls(world: World, penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, step = make_runner(world, penalty=penalty)
+    streams = runner._streams
     calls = Calls()
     monkeypatch.setattr(streams, "upload", calls.as_one("upload", streams.upload))
     monkeypatch.setattr(llava, "prefill_step", calls.as_one("prefill_step", llava.prefill_step))
@@ -91,3 +97,35 @@ def test_a_step_is_few_calls(
         *world.expected(None, [5, 6, 7], 1, penalty),
         None,
     ]
+
+
+@torch.inference_mode()
+def test_torch_refers_to_what_every_step_hands_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it takes Python's lock for each tensor that a step's op drops: some 260."""
+    runner, step = make_runner(world)
+    given: list[torch.Tensor] = []
+
+    def prefill_step(tokens: torch.Tensor, *rest: Any) -> None:
+        _, _, embedding, _, _, keys, values, decoder, head, _ = rest
+        tensors = [*decoder.weights, decoder.final_norm, decoder.cos_sin, decoder.workspace]
+        given.extend([*tensors, embedding, head, *keys, *values])
+        tokens.zero_()
+
+    monkeypatch.setattr(llava, "prefill_step", prefill_step)
+    runner.run(step, lambda: None)
+    runner._cache.resize(30, {})
+    runner.run(step, lambda: None)
+    again = given[len(given) // 2 :]
+    assert len(again) > 20
+    assert all(map(referred_to, again)) and not referred_to(torch.zeros(1))
+
+
+def referred_to(tensor: torch.Tensor) -> bool:
+    """Whether anything in C++ does: its first reference from there is one to Python's, too."""
+    before = sys.getrefcount(tensor)
+    another = hold([tensor])
+    after = sys.getrefcount(tensor)
+    del another
+    return after == before
