@@ -19,10 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +27,28 @@ import torch
 import torch.nn.functional as F
 
 from bench.about import about
+from bench.attention_cases import attention, cudnn_first_call_ms, dense_prefill
+from bench.timing import (
+    BLOCK,
+    DEVICE,
+    DIM,
+    DTYPE,
+    FEATURES,
+    HEADS,
+    HIDDEN,
+    L2_BYTES,
+    ON_GPU,
+    VOCAB,
+    WIDE,
+    Call,
+    Case,
+    copy_ceiling,
+    half,
+    matmul_ceiling,
+    replay_us,
+    start_on_cpu,
+)
 from llava_engine.kernels.activation import silu_mul
-from llava_engine.kernels.attention import attention_workspace, paged_attention
 from llava_engine.kernels.fp8 import FP8, quantize_rows, rms_norm_fp8
 from llava_engine.kernels.library import require_kernels
 from llava_engine.kernels.linear import (
@@ -44,101 +61,6 @@ from llava_engine.kernels.norm import add_rms_norm, rms_norm
 from llava_engine.kernels.projector import project
 from llava_engine.kernels.rope_kv import rope_append
 from llava_engine.kernels.sampling import sample
-from llava_engine.kernels.varlen_attention import torch_flash_varlen_attention
-from llava_engine.network.attention import PrefillAttention
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ON_GPU = DEVICE.type == "cuda"
-if ON_GPU:
-    DTYPE, HIDDEN, WIDE, HEADS, DIM, VOCAB, BLOCK = torch.float16, 4096, 11008, 32, 128, 32064, 64
-    FEATURES = 1024  # of a patch, which the projector takes
-else:
-    DTYPE, HIDDEN, WIDE, HEADS, DIM, VOCAB, BLOCK = torch.float32, 192, 384, 6, 32, 768, 64
-    FEATURES = 192
-L2_BYTES = 50 << 20
-
-Call = Callable[[], object]
-
-
-@dataclass
-class Case:
-    """One op at one size. make() gives a pair of calls, ours and torch's, on fresh buffers.
-
-    nbytes: the fewest bytes that must move. flops: the operations, where they are the limit.
-    """
-
-    name: str
-    nbytes: int
-    make: Callable[[], tuple[Call, Call]]
-    flops: int = 0
-
-
-def half(*shape: int) -> torch.Tensor:
-    """Random numbers in DTYPE, which is half precision on a GPU."""
-    return torch.randn(shape, device=DEVICE, dtype=DTYPE)
-
-
-def replay_us(calls: list[Call]) -> float:
-    """Microseconds per call of a graph that makes all of them, the median of 15 replays.
-
-    On the CPU of calls one after the other, which nothing captures.
-    """
-    if not ON_GPU:
-        return plain_us(calls)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(18):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(calls))
-    return statistics.median(times[3:])
-
-
-def plain_us(calls: list[Call]) -> float:
-    """Microseconds per call on the CPU, the median of 15 rounds of all of them."""
-    times = []
-    for _ in range(18):
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        times.append(1e6 * (time.perf_counter() - start) / len(calls))
-    return statistics.median(times[3:])
-
-
-def start_on_cpu(left_out: str) -> None:
-    """Say what a run on the CPU is of, and keep it to one thread.
-
-    The cores are shared: a second thread would often wait for its turn, and the first one for it.
-    """
-    torch.set_num_threads(1)
-    print(f"cpu, one thread: references, llava-tiny's sizes, float32; left out: {left_out}")
-
-
-def copy_ceiling() -> float:
-    """GB/s of a large device copy, bytes read and written together: the better of torch's two."""
-    source = torch.randint(1 << 60, (1 << 27,), device=DEVICE)
-    target = torch.empty_like(source)
-    by_copy = replay_us([lambda: target.copy_(source)] * 4)
-    by_kernel = replay_us([lambda: torch.bitwise_not(source, out=target)] * 4)
-    return 2 * source.nbytes / min(by_copy, by_kernel) / 1e3
-
-
-def matmul_ceiling() -> float:
-    """TFLOP/s of a large product of random matrices, by torch."""
-    a, b = half(8192, 8192), half(8192, 8192)
-    out = torch.empty_like(a)
-    return 2 * 8192**3 / replay_us([lambda: torch.mm(a, b, out=out)] * 4) / 1e6
 
 
 def norms(tokens: int) -> Iterator[Case]:
@@ -216,95 +138,6 @@ def rope(tokens: int) -> Case:
         )
 
     return Case(f"rope_append T={tokens}", 2 * tokens * HEADS * DIM * 7, make)
-
-
-def attention(sequences: int, new: int, context: int, kv_heads: int = HEADS) -> Case:
-    """Dense keys for torch: [sequences, kv_heads, context, DIM], causal at the end."""
-
-    def make() -> tuple[Call, Call]:
-        blocks = -(-context // BLOCK)
-        k_cache, v_cache = (half(sequences * blocks, kv_heads, BLOCK, DIM) for _ in range(2))
-        order = torch.randperm(sequences * blocks, device=DEVICE).int()
-        q = half(sequences * new, HEADS, DIM)
-        out = torch.empty_like(q)
-        starts = (torch.arange(sequences + 1, device=DEVICE) * new).int()
-        contexts = torch.full((sequences,), context, dtype=torch.int32, device=DEVICE)
-        table = order.view(sequences, blocks)
-        workspace = attention_workspace(HEADS, kv_heads, DIM, DEVICE)
-        k, v = (half(sequences, kv_heads, context, DIM) for _ in range(2))
-        dense = q.view(sequences, new, HEADS, DIM).transpose(1, 2)
-        causal = new == context
-        mask = None
-        if 1 < new < context:
-            mask = torch.ones(new, context, dtype=torch.bool, device=DEVICE).tril(context - new)
-        return (
-            lambda: paged_attention(
-                out, q, k_cache, v_cache, table, starts, contexts, workspace, new, DIM**-0.5
-            ),
-            lambda: F.scaled_dot_product_attention(
-                dense, k, v, attn_mask=mask, is_causal=causal, enable_gqa=kv_heads != HEADS
-            ),
-        )
-
-    seen = new * context - new * (new - 1) // 2
-    name = f"attention S={sequences} new={new} context={context}"
-    nbytes = 4 * sequences * DIM * (kv_heads * context + HEADS * new)
-    flops = 4 * sequences * seen * HEADS * DIM
-    return Case(f"{name} kv_heads={kv_heads}", nbytes, make, flops)
-
-
-def dense_prefill(sequences: int, new: int, context: int) -> Case:
-    """Chunks as a step has them: q, k and v are slices of one matrix, earlier keys in the cache."""
-
-    def make() -> tuple[Call, Call]:
-        blocks = -(-context // BLOCK)
-        k_cache, v_cache = (half(sequences * blocks, HEADS, BLOCK, DIM) for _ in range(2))
-        table = torch.randperm(sequences * blocks).view(sequences, blocks).numpy()
-        q, k, v = half(sequences * new, 3 * HEADS, DIM).chunk(3, dim=1)
-        planner = PrefillAttention(
-            torch_flash_varlen_attention,
-            min_rows=2,
-            num_kv_heads=HEADS,
-            key_bytes=4 * HEADS * DIM,
-        )
-        plan = planner.plan([new] * sequences, [context] * sequences, table, BLOCK, DEVICE)
-        assert plan is not None and not plan.num_paged
-        if new == context:
-            by_heads = [x.view(sequences, new, HEADS, DIM).transpose(1, 2) for x in (q, k, v)]
-            return (
-                lambda: plan(q, k, v, k_cache, v_cache, DIM**-0.5),
-                lambda: cudnn(*by_heads),
-            )
-        keys, values = (half(sequences * context, HEADS, DIM) for _ in range(2))
-        lengths = (plan.cu_query, plan.cu_context, new, context)
-        return (
-            lambda: plan(q, k, v, k_cache, v_cache, DIM**-0.5),
-            lambda: torch_flash_varlen_attention(q, keys, values, *lengths, DIM**-0.5),
-        )
-
-    seen = new * context - new * (new - 1) // 2
-    nbytes = 4 * sequences * DIM * HEADS * (context + new)
-    flops = 4 * sequences * seen * HEADS * DIM
-    return Case(f"dense prefill S={sequences} new={new} context={context}", nbytes, make, flops)
-
-
-def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention of whole prompts by cuDNN, [S, heads, n, D]."""
-    op = torch.ops.aten._scaled_dot_product_cudnn_attention
-    return op(q, k, v, None, False, 0.0, True, False)[0]
-
-
-def cudnn_first_call_ms() -> float:
-    """Milliseconds of the first call at a length that is new to the process, the median of five."""
-    times = []
-    for length in (620, 611, 612, 613, 614, 615):
-        q, k, v = (half(1, HEADS, length, DIM) for _ in range(3))
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        cudnn(q, k, v)
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
 
 
 def linears(rows: int) -> Iterator[Case]:

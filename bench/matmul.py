@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bench.about import about
-from bench.kernels import BLOCK, DEVICE, DIM, HEADS, HIDDEN, ON_GPU, WIDE, half, start_on_cpu
+from bench.timing import BLOCK, DEVICE, DIM, HEADS, HIDDEN, ON_GPU, WIDE, half, start_on_cpu
 from bench.vision import replay_ms
 from llava_engine.kernels.activation import silu_mul
 from llava_engine.kernels.library import require_kernels

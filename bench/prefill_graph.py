@@ -40,7 +40,7 @@ import torch
 
 from bench.about import about
 from bench.decode_step import DEVICE, ON_GPU, make_model
-from bench.kernels import start_on_cpu
+from bench.timing import start_on_cpu
 from llava_engine import EngineConfig, SamplingParams
 from llava_engine.kernels.library import programmatic_launch, require_kernels
 from llava_engine.kernels.prefill import pack, unpack

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from bench.about import about
-from bench.kernels import (
+from bench.timing import (
     BLOCK,
     DEVICE,
     DIM,

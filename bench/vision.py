@@ -34,7 +34,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from bench.about import about
 from bench.decode_step import SHAPE
-from bench.kernels import DEVICE, DTYPE, ON_GPU, replay_us, start_on_cpu
+from bench.timing import DEVICE, DTYPE, ON_GPU, replay_us, start_on_cpu
 from llava_engine import demo
 from llava_engine.kernels.dense_attention import dense_attention
 from llava_engine.kernels.library import programmatic_launch, require_kernels

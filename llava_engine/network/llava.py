@@ -6,7 +6,6 @@ Knows tensors only: which rows of a prompt are pictures, and how is sampled, is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +60,7 @@ class LlavaModel:
             if config.tie_word_embeddings
             else place.empty(text.vocab_size, text.hidden_size)
         )
+        self._held = hold([self._decoder.embedding, self._head])
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +135,7 @@ class LlavaModel:
 
         max_query_len, dense: as in Batch; the rest as in kernels.prefill.prefill_step.
         """
-        decoder, head, _ = self._decoder, self._head, self._held
+        decoder, head = self._decoder, self._head
         what = tokens, uploaded, sizes, decoder.embedding, features, feature_rows
         in_one = decoder.in_one_call(dense)
         if in_one is not None:
@@ -147,10 +147,6 @@ class LlavaModel:
             return self.forward(embeds, batch, k_caches, v_caches, inputs.wanted)
 
         prefill_in_parts(*what, layers, head)
-
-    @cached_property
-    def _held(self) -> object:
-        return hold([self._decoder.embedding, self._head])
 
     def decode_logits(
         self,

@@ -31,7 +31,7 @@ class MemoryErrors:
         self._seen = self._count()
 
     def happened(self) -> bool:
-        """Since this was last asked."""
+        """Since this was last asked, whoever it happened to: it is asked after every failure."""
         before, self._seen = self._seen, self._count()
         return self._seen > before
 

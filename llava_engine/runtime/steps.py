@@ -138,6 +138,7 @@ class Steps:
         if failure is None:
             return
         raise_if_lost(self._device)
+        self._memory_errors.happened()  # those who are run alone are asked for themselves
         traceback.clear_frames(failure.__traceback__)  # as in _prefill
         logger.warning("Decoding failed; running each sequence alone.", exc_info=failure)
         # What was delivered is right; the rest finds out alone whose failure it was.
@@ -202,4 +203,5 @@ class Steps:
             raise
         except Exception as error:
             raise_if_lost(self._device)
+            self._memory_errors.happened()
             traceback.clear_frames(error.__traceback__)
