@@ -104,7 +104,7 @@ def _decode_rows(record: Record) -> list[tuple[str, str, str]]:
         (
             "beside them: a reader in Python, which waits for the GIL",
             f"{busy['reader_token_ms']:.0f} ms a token, first token after "
-            f"{busy['first_token_ms'] / 1e3:.1f} s",
+            f"{busy['first_token_ms']:.0f} ms",
             "",
         ),
     ]
