@@ -1,13 +1,15 @@
 """What do products with 8- and 4-bit weights take by batch, beside bitsandbytes' own kernels?
 
 The four products of a layer of LLaVA-1.5-7B with all that is folded in, random weights, as graphs
-of calls that rotate over gigabytes of weights; medians of replays. bitsandbytes' 4-bit products,
-where the package is there, are the product alone: no norm, rotation, activation or residual.
+of calls that rotate over gigabytes of weights; medians of replays. "many" are those of many rows,
+without the norm, and beside them torch's product alone with a 16-bit weight. bitsandbytes' 4-bit
+products, where the package is there, are the product alone: no norm, rotation, activation or
+residual.
 
 Without CUDA they are llava-tiny's products by their references in float32, which unpack the weights
 at every call, timed without graphs; the copy's rate and bitsandbytes' GPU kernels are left out.
 
-    python -m bench.quant_linear [--json PATH] [--rows 1 2 ...] [--formats nf4 ...]
+    python -m bench.quant_linear [--json PATH] [--rows 1 2 ...] [--many 64 ...] [--formats nf4 ...]
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from bench.about import about
 from bench.timing import (
@@ -38,6 +41,7 @@ from bench.timing import (
     start_on_cpu,
 )
 from llava_engine.kernels.library import programmatic_launch, require_kernels
+from llava_engine.kernels.matmul import matmul_add, matmul_rope_append, matmul_silu_mul
 from llava_engine.kernels.quant_linear import (
     QuantMatrix,
     dequantize_rows,
@@ -107,34 +111,66 @@ def caller(product: Product, rows: int) -> Callable[[QuantMatrix], Call]:
     return lambda matrix: lambda: quant_linear_add(residual, x, matrix)
 
 
+def many_caller(product: Product, rows: int) -> Callable[[QuantMatrix], Call]:
+    """The same by the products of many rows."""
+    x, residual = half(rows, product.inputs), half(rows, HIDDEN)
+    if product.name == "qkv":
+        q, cache = half(rows, HEADS, DIM), half(-(-rows // BLOCK), HEADS, BLOCK, DIM)
+        places = torch.arange(rows, device=DEVICE)
+        where = (torch.randn(4096, DIM, device=DEVICE), places, places)
+        return lambda matrix: (
+            lambda: matmul_rope_append(
+                q, cache, cache, x, matrix.weight, *where, weight_scales=matrix.scales
+            )
+        )
+    if product.name == "gate_up":
+        out = half(rows, WIDE)
+        return lambda matrix: (
+            lambda: matmul_silu_mul(out, x, matrix.weight, weight_scales=matrix.scales)
+        )
+    return lambda matrix: (
+        lambda: matmul_add(residual, x, matrix.weight, weight_scales=matrix.scales)
+    )
+
+
 def nbytes(matrix: QuantMatrix) -> int:
     return matrix.weight.nbytes + matrix.scales.nbytes
 
 
-def ours(kind: str, product: Product, rows_of: list[int]) -> Iterator[dict[str, object]]:
+def ours(
+    kind: str, product: Product, rows_of: list[int], many: list[int]
+) -> Iterator[dict[str, object]]:
     first = random_matrix(kind, product)
     count = max(4, ROTATED_BYTES // nbytes(first))
     matrices = [first, *(random_matrix(kind, product) for _ in range(count - 1))]
-    for rows in rows_of:
-        call = caller(product, rows)
+    makers = [(rows, "few", caller) for rows in rows_of]
+    makers += [(rows, "many", many_caller) for rows in many]
+    for rows, op, maker in makers:
+        call = maker(product, rows)
         calls = [call(matrix) for matrix in matrices]
         with programmatic_launch(True):
             times = [replay_us(calls) for _ in range(2)]
-        yield {
+        case = {
             "format": kind,
             "product": product.name,
             "rows": rows,
+            "op": op,
             "us": times[0],
             "us_again": times[1],
             "gb_per_s": nbytes(first) / times[0] / 1e3,
         }
+        if op == "many":
+            x, whole = half(rows, product.inputs), half(product.outputs, product.inputs)
+            copies = [whole, *(whole.clone() for _ in range(ROTATED_BYTES // whole.nbytes // 2))]
+            case["torch_16_bit_us"] = replay_us([partial(F.linear, x, each) for each in copies])
+        yield case
     tile = half(min(TILE_BYTES // 2 // product.inputs, product.outputs), product.inputs)
     starts = range(0, product.outputs - len(tile) + 1, len(tile))
     calls = [
         partial(dequantize_rows, tile, matrix, start) for matrix in matrices[:4] for start in starts
     ]
     us = replay_us(calls) * product.outputs / len(tile)
-    yield {"format": kind, "product": product.name, "rows": 0, "us": us}
+    yield {"format": kind, "product": product.name, "rows": 0, "op": "dequantise", "us": us}
 
 
 def theirs(product: Product, rows_of: list[int]) -> Iterator[dict[str, object]]:
@@ -155,6 +191,7 @@ def theirs(product: Product, rows_of: list[int]) -> Iterator[dict[str, object]]:
             "format": "bitsandbytes nf4",
             "product": product.name,
             "rows": rows,
+            "op": "few",
             "us": replay_us(calls),
         }
 
@@ -165,6 +202,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     default_rows = [1, 2, 4, 8, 16, 32, 64] if ON_GPU else [1, 8]
     parser.add_argument("--rows", type=int, nargs="+", default=default_rows)
+    parser.add_argument("--many", type=int, nargs="*", default=[17, 32, 64, 602] if ON_GPU else [8])
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
     arguments = parser.parse_args()
     require_kernels(DEVICE)
@@ -179,7 +217,7 @@ def main() -> None:
             start_on_cpu("the copy's rate, bitsandbytes' GPU kernels")
         for kind in arguments.formats:
             for product in PRODUCTS:
-                cases += report(ours(kind, product, arguments.rows), ceiling)
+                cases += report(ours(kind, product, arguments.rows, arguments.many), ceiling)
         if ON_GPU and importlib.util.find_spec("bitsandbytes") is not None:
             few = [rows for rows in arguments.rows if rows <= 16]
             for product in PRODUCTS:
@@ -194,14 +232,15 @@ def main() -> None:
 
 
 def report(cases: Iterator[dict[str, object]], ceiling: float | None) -> list[dict[str, object]]:
-    """The cases, printed in a line; 0 rows are those of dequantising the matrix."""
+    """The cases, printed in a line."""
     made, share = [], "share_of_copy_ceiling"
     for case in cases:
         if ceiling is not None and "gb_per_s" in case:
             case[share] = case["gb_per_s"] / ceiling
         made.append(case)
     line = "  ".join(
-        f"{case['rows']}: {case['us']:.1f}"
+        f"{case['op']} {case['rows']}: {case['us']:.1f}"
+        + (f"/{case['torch_16_bit_us']:.1f}" if case["op"] == "many" else "")
         + (f" ({100 * case[share]:.0f}%)" if share in case else "")
         for case in made
     )

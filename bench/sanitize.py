@@ -150,6 +150,25 @@ def quantised() -> None:
                 dequantize_rows(x.new_empty(7, inputs), matrix, 5)
 
 
+def quantised_matmuls() -> None:
+    """Tiles of three widths, a last slot that is half full."""
+    places, cos_sin = torch.arange(330, device=GPU), torch.ones(330, HEAD_DIM, device=GPU)
+    for dtype in TYPES[:2]:
+        for kind in (torch.int8, FP8, torch.uint8):
+            for rows, inputs in ((20, 1088), (70, 576), (330, 192)):
+                outputs, packed = 4 * HEAD_DIM, kind == torch.uint8
+                steps = 256 + -(-inputs // 128) * 1056
+                shape = (outputs // 16, steps) if packed else (outputs, inputs)
+                weight = torch.zeros(shape, device=GPU, dtype=kind)
+                scales = torch.zeros(256 if packed else outputs, device=GPU)
+                x = torch.ones(rows, inputs, device=GPU, dtype=dtype)
+                matmul_add(x.new_ones(rows, outputs), x, weight, weight_scales=scales)
+                matmul_silu_mul(x.new_empty(rows, outputs // 2), x, weight, weight_scales=scales)
+                q, cache = x.new_empty(rows, 2, HEAD_DIM), x.new_zeros(6, 1, 64, HEAD_DIM)
+                where = cos_sin, places[:rows], places[:rows]
+                matmul_rope_append(q, cache, cache.clone(), x, weight, *where, weight_scales=scales)
+
+
 def pictures() -> None:
     """5 of 9 rows and 11 of 30 columns from all, then 4 x 6 patches of 2 x 2."""
     pixels = np.full((9, 30, 3), 200, np.uint8)
@@ -311,6 +330,7 @@ GROUPS = {
     "linear": linears,
     "quant": quantised,
     "matmul": matmuls,
+    "quant_matmul": quantised_matmuls,
     "picture": pictures,
     "projector": projectors,
     "attention": attentions,

@@ -18,9 +18,10 @@ constexpr int64_t kHeadDim = 128;  // which matmul_rope_append takes
 // Rows from which products are ours (bench/NOTES.md): in float8; in 16 bits that of gate and up,
 // whose SiLU then costs nothing; and the others, too. Below, cuBLAS is as fast or faster.
 constexpr int64_t kFp8Rows = 128, kGateUpRows = 512, kManyRows = 960;
-// Quantised weights are multiplied as they are up to so many rows; from there on by cuBLAS in 16
-// bits, a tile of rows at a time, which is still in the L2 cache when it is read.
-constexpr int64_t kQuantRows = 32, kTileBytes = 32 << 20;
+// Quantised weights are multiplied with all that is folded in up to so many rows, and as they are
+// by the products of many rows. Where those do not take them, the first serve up to kFewQuantRows,
+// and then cuBLAS in 16 bits, a tile of rows at a time, which is still in the L2 cache when it is read.
+constexpr int64_t kQuantRows = 16, kFewQuantRows = 32, kTileBytes = 32 << 20;
 
 // A layer's tensors, in the order of kernels/decoder.py.
 struct Layer {
@@ -84,15 +85,15 @@ class Residual {
     const int64_t hidden = residual.size(1), dim = weights.dim, heads = weights.q_heads;
     x_ = empty(residual, {rows_, hidden});
     // With scales some weight is quantised, though maybe not this one.
-    const bool takes = weights.scales.empty() && dim == kHeadDim &&
+    const bool takes = (weights.scales.empty() || weights.all_quantised) && dim == kHeadDim &&
                        matmul_takes(x_, weights.part(0, Layer::kQkv));
     if (!weights.fp8.empty() && rows_ >= kFp8Rows && dim == kHeadDim) {
       normal_ = fp8_rows(residual, hidden);
       in_fp8_ = matmul_takes(normal_.values, weights.fp8[0]);
     }
-    fused_ = weights.all_quantised && rows_ <= kQuantRows;
-    ours_ = in_fp8_ || (takes && rows_ >= kManyRows);
-    gate_up_ours_ = ours_ || (takes && rows_ >= kGateUpRows);
+    fused_ = weights.all_quantised && rows_ <= (takes ? kQuantRows : kFewQuantRows);
+    ours_ = in_fp8_ || (takes && !fused_ && (weights.all_quantised || rows_ >= kManyRows));
+    gate_up_ours_ = ours_ || (takes && !fused_ && rows_ >= kGateUpRows);
     activated_ = empty(residual, {rows_, weights.wide});
     gate_up_ = empty(residual, {gate_up_ours_ || fused_ ? 0 : rows_, 2 * weights.wide});
     pending_ = empty(residual, {ours_ || fused_ ? 0 : rows_, hidden});
@@ -191,8 +192,9 @@ class Residual {
   }
 
   Scales scales(int64_t layer, Layer::Product product) const {
-    if (!in_fp8_) return {};
-    return weights_.fp8[(layer * Layer::kProducts + product) * 2 + 1];
+    if (in_fp8_) return weights_.fp8[(layer * Layer::kProducts + product) * 2 + 1];
+    if (weights_.all_quantised) return weights_.scales_of(layer, product);
+    return {};
   }
 
   void normalise(const Tensor& weight) {

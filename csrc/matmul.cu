@@ -1,5 +1,6 @@
-// Products of many rows on Hopper, with what follows them: the kernel is matmul.cuh's. Other GPUs,
-// types and shapes have torch's products (see decoder.cpp).
+// Products of many rows on Hopper, with what follows them: the kernels are matmul.cuh's, and with a
+// quantised weight quant_matmul.cuh's. Other GPUs, types and shapes have torch's products (see
+// decoder.cpp).
 #include "matmul.h"
 
 #include <cuda_fp8.h>
@@ -29,6 +30,15 @@ void by_types(const Tensor& x, const Tensor& out, F&& f) {
   return half ? f(__half{}, __half{}) : f(__nv_bfloat16{}, __nv_bfloat16{});
 }
 
+// Of weights that are quantised and x that is not.
+bool is_mixed(const Tensor& x, const Tensor& weight) {
+  return x.element_size() == 2 && weight.element_size() == 1;
+}
+
+int64_t outputs_of(const Tensor& weight) {
+  return weight.size(0) * (weight.scalar_type() == ScalarType::Byte ? kUnitRows : 1);
+}
+
 // Checks what all have in common and starts the work: `complete` adds what is the result's own.
 template <typename F>
 void matmul(Result result, const Tensor& out, int64_t outputs, const Tensor& x,
@@ -38,9 +48,9 @@ void matmul(Result result, const Tensor& out, int64_t outputs, const Tensor& x,
   STD_TORCH_CHECK(out.is_cuda() && out.stride(-1) == 1 && aligned(out) &&
                       out.stride(0) % kVector == 0 && out.size(0) == x.size(0),
                   "out must have aligned rows, as many as x");
-  const bool is_fp8 = x.scalar_type() == ScalarType::Float8_e4m3fn;
-  STD_TORCH_CHECK(x_scales.has_value() == is_fp8 && weight_scales.has_value() == is_fp8,
-                  "scales belong to float8 and to nothing else");
+  const bool is_fp8 = x.scalar_type() == ScalarType::Float8_e4m3fn, mixed = is_mixed(x, weight);
+  STD_TORCH_CHECK(x_scales.has_value() == is_fp8 && weight_scales.has_value() == (is_fp8 || mixed),
+                  "scales belong to float8, and a quantised weight has its own");
   STD_TORCH_CHECK(is_fp8 ? out.scalar_type() == ScalarType::Half ||
                                out.scalar_type() == ScalarType::BFloat16
                          : out.scalar_type() == x.scalar_type(),
@@ -48,6 +58,11 @@ void matmul(Result result, const Tensor& out, int64_t outputs, const Tensor& x,
   if (is_fp8) {
     check_column(*x_scales, ScalarType::Float, x.size(0), "x_scales");
     check_column(*weight_scales, ScalarType::Float, weight.size(0), "weight_scales");
+  }
+  if (mixed) {
+    const bool packed = weight.scalar_type() == ScalarType::Byte;
+    check_column(*weight_scales, ScalarType::Float, packed ? kBlockGroup : weight.size(0),
+                 "weight_scales");
   }
   if (x.size(0) == 0) return;
   by_types(x, out, [&](auto in, auto zero) {
@@ -61,9 +76,15 @@ void matmul(Result result, const Tensor& out, int64_t outputs, const Tensor& x,
     if (is_fp8) {
       work.x_scales = data<float>(*x_scales);
       work.weight_scales = data<float>(*weight_scales);
+      work.scale_unit = 1.0f;
     }
     complete(work);
-    run_matmul<In>(x, weight, work);
+    if (!mixed) return run_matmul<In>(x, weight, work);
+    if constexpr (sizeof(In) == 2) {
+      by_format(weight, [&](auto format) {
+        run_quant_matmul<decltype(format)::value>(x, weight, *weight_scales, work);
+      });
+    }
   });
 }
 
@@ -78,15 +99,24 @@ void add_bias(Work<Out>& work, const std::optional<Tensor>& bias) {
 }  // namespace
 
 bool matmul_takes(const Tensor& x, const Tensor& weight) {
-  if (!x.is_cuda() || x.dim() != 2 || weight.dim() != 2 || x.size(1) != weight.size(1) ||
-      x.scalar_type() != weight.scalar_type() || weight.size(0) % kVector != 0) {
+  if (!x.is_cuda() || x.dim() != 2 || weight.dim() != 2 ||
+      outputs_of(weight) % kVector != 0 || !rows_aligned(x) || !rows_aligned(weight) ||
+      attribute(x, cudaDevAttrComputeCapabilityMajor) != 9) {
     return false;
   }
-  const ScalarType type = x.scalar_type();
-  return (type == ScalarType::Half || type == ScalarType::BFloat16 ||
-          type == ScalarType::Float8_e4m3fn) &&
-         rows_aligned(x) && rows_aligned(weight) &&
-         attribute(x, cudaDevAttrComputeCapabilityMajor) == 9;
+  const ScalarType type = x.scalar_type(), of_weight = weight.scalar_type();
+  const int64_t inputs = x.size(1);
+  const bool takes_x = type == ScalarType::Half || type == ScalarType::BFloat16;
+  if (is_mixed(x, weight)) {
+    const bool packed = of_weight == ScalarType::Byte;
+    return takes_x && inputs > 0 && inputs % kBlock == 0 && weight.is_contiguous() &&
+           (packed ? weight.size(1) == unit_bytes(static_cast<int>(inputs)) &&
+                         inputs <= kBlock * kBlockGroup
+                   : weight.size(1) == inputs && (of_weight == ScalarType::Char ||
+                                                  of_weight == ScalarType::Float8_e4m3fn));
+  }
+  return (takes_x || type == ScalarType::Float8_e4m3fn) && type == of_weight &&
+         weight.size(1) == inputs;
 }
 
 void matmul_store(Tensor out, Tensor x, Tensor weight, std::optional<Tensor> bias,
@@ -101,15 +131,15 @@ void matmul_store(Tensor out, Tensor x, Tensor weight, std::optional<Tensor> bia
 
 void matmul_add(Tensor residual, Tensor x, Tensor weight, std::optional<Tensor> bias,
                 std::optional<Tensor> x_scales, std::optional<Tensor> weight_scales) {
-  STD_TORCH_CHECK(residual.dim() == 2 && residual.size(1) == weight.size(0),
+  STD_TORCH_CHECK(residual.dim() == 2 && residual.size(1) == outputs_of(weight),
                   "residual must be [rows, outputs]");
-  matmul(Result::kAdd, residual, weight.size(0), x, weight, x_scales, weight_scales,
+  matmul(Result::kAdd, residual, residual.size(1), x, weight, x_scales, weight_scales,
          [&](auto& work) { add_bias(work, bias); });
 }
 
 void matmul_silu_mul(Tensor out, Tensor x, Tensor gate_up, std::optional<Tensor> x_scales,
                      std::optional<Tensor> weight_scales) {
-  STD_TORCH_CHECK(out.dim() == 2 && 2 * out.size(1) == gate_up.size(0) &&
+  STD_TORCH_CHECK(out.dim() == 2 && 2 * out.size(1) == outputs_of(gate_up) &&
                       out.size(1) % kVector == 0,
                   "out must be [rows, half of the outputs]");
   matmul(Result::kSiluMul, out, out.size(1), x, gate_up, x_scales, weight_scales, [](auto&) {});
@@ -122,7 +152,7 @@ void matmul_rope_append(Tensor q, Tensor k_cache, Tensor v_cache, Tensor x, Tens
                       k_cache.size(3) == kTileRows && q.stride(1) == kTileRows,
                   "heads must be dense and have ", kTileRows, " dimensions");
   const int64_t heads = q.size(1) + 2 * k_cache.size(1);
-  STD_TORCH_CHECK(qkv.size(0) == heads * kTileRows, "qkv has the wrong number of rows");
+  STD_TORCH_CHECK(outputs_of(qkv) == heads * kTileRows, "qkv has the wrong number of rows");
   check_column(positions, ScalarType::Long, x.size(0), "positions");
   check_column(slot_mapping, ScalarType::Long, x.size(0), "slot_mapping");
   check_dense(cos_sin, "cos_sin");

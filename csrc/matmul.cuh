@@ -20,13 +20,12 @@ constexpr int kCluster = 2;
 constexpr int kMatmulThreads = 3 * kWarpgroup;
 constexpr int kMultipliers = 2 * kWarpgroup;  // threads
 
+// How the tokens of a tile are fetched, and how their results leave.
 template <int kTokens>
-struct MatmulMemory {
-  static constexpr int kStageBytes = (kTileRows + kTokens) * kSwizzleBytes;
+struct TokenTile {
   // Each block's share of the tokens. Where it is not the half the shares overlap by eight tokens,
   // which come twice: a box has one size for both.
   static constexpr int kShare = ceil_div(kTokens, 16) * 8;
-  static constexpr int kArrivingBytes = (kTileRows + kCluster * kShare) * kSwizzleBytes;
   // Results pass through the slot that was multiplied last, half of the tokens at a time. 8 elements
   // more keep the rows of a store apart.
   static constexpr int kPassTokens = ceil_div(kTokens, 32) * 16;
@@ -36,9 +35,18 @@ struct MatmulMemory {
   static constexpr int kVectors = kTileRows / kVector;
   static constexpr int kAtOnce = kMultipliers / kVectors;
   static constexpr int kTurns = kPassTokens / kAtOnce;  // of a pass
-  static_assert(kPassTokens * kPitch * 2 <= kStageBytes);
-  static constexpr int kMost = (227 << 10) - 256;
-  static constexpr int kStages = kMost / kStageBytes;
+  static constexpr int kPassBytes = kPassTokens * kPitch * 2;
+};
+
+constexpr int kMostShared = 227 << 10;  // bytes that a block may have
+
+template <int kTokens>
+struct MatmulMemory {
+  static constexpr int kShare = TokenTile<kTokens>::kShare;
+  static constexpr int kStageBytes = (kTileRows + kTokens) * kSwizzleBytes;
+  static constexpr int kArrivingBytes = (kTileRows + kCluster * kShare) * kSwizzleBytes;
+  static_assert(TokenTile<kTokens>::kPassBytes <= kStageBytes);
+  static constexpr int kStages = (kMostShared - 256) / kStageBytes;
   static constexpr int kBarriers = kStages * kStageBytes;
   static constexpr int kBytes = kBarriers + 2 * kStages * 8;
 };
@@ -113,14 +121,21 @@ __device__ inline Out* place_of(const Work<Out>& work, int tile, int token, int 
   return column < work.outputs ? work.out + token * work.out_stride + column : nullptr;
 }
 
-// What 8 results of a token become; `row` has all results of the token in this tile.
-template <typename Out>
+// What 8 results of a token become; `row` has all results of the token in this tile. kPaired: those
+// of the odd rows stand behind those of the even ones.
+template <bool kPaired, typename Out>
 __device__ inline void store_vector(const Work<Out>& work, int tile, int token, const Out* row,
                                     int vector, const Pack<Out, kVector>& before) {
   Out* to = place_of(work, tile, token, vector);
   if (to == nullptr) return;
   float values[kVector];
-  load(row + vector * kVector, values);
+  if constexpr (kPaired) {
+    const Out* even = row + vector * (kVector / 2);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) values[i] = to_float(even[i / 2 + i % 2 * kHalfRows]);
+  } else {
+    load(row + vector * kVector, values);
+  }
   if (work.result == Result::kAdd) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) values[i] += to_float(before.values[i]);
@@ -190,15 +205,15 @@ __device__ inline void finish_pair(const Work<Out>& work, int tile, int token, c
 // A thread's part of the residual that a tile is added to.
 template <typename Out, int kTokens>
 struct Residual {
-  using Memory = MatmulMemory<kTokens>;
-  Pack<Out, kVector> packs[Memory::kPasses * Memory::kTurns];
+  using Tile = TokenTile<kTokens>;
+  Pack<Out, kVector> packs[Tile::kPasses * Tile::kTurns];
 
   __device__ void ask(const Work<Out>& work, int tile, int first_token) {
     const int thread = threadIdx.x - kWarpgroup;
 #pragma unroll
-    for (int turn = 0; turn < Memory::kPasses * Memory::kTurns; ++turn) {
-      const int token = first_token + turn * Memory::kAtOnce + thread / Memory::kVectors;
-      const Out* from = place_of(work, tile, token, thread % Memory::kVectors);
+    for (int turn = 0; turn < Tile::kPasses * Tile::kTurns; ++turn) {
+      const int token = first_token + turn * Tile::kAtOnce + thread / Tile::kVectors;
+      const Out* from = place_of(work, tile, token, thread % Tile::kVectors);
       if (token < work.tokens && from != nullptr) {
         packs[turn] = *reinterpret_cast<const Pack<Out, kVector>*>(from);
       }
@@ -206,26 +221,28 @@ struct Residual {
   }
 };
 
-// The multipliers: sums of a tile, through shared memory, to where they go.
-template <int kTokens, typename Out>
+// The multipliers: sums of a tile, through shared memory, to where they go. kPaired: of a warp's 16
+// rows the last eight belong to the other half of the tile (quant_linear.h has NF4's units).
+template <int kTokens, bool kPaired = false, typename Out>
 __device__ void finish_tile(const Work<Out>& work, int tile, int first_token,
                             float (&sums)[kTokens / 2], const Residual<Out, kTokens>& before,
                             Out* pass) {
-  using Memory = MatmulMemory<kTokens>;
-  constexpr int kTurns = Memory::kTurns, kVectors = Memory::kVectors;
+  using Tile = TokenTile<kTokens>;
+  constexpr int kTurns = Tile::kTurns, kVectors = Tile::kVectors;
   const int thread = threadIdx.x - kWarpgroup, half = thread / kWarpgroup, lane = thread % kWarp;
   const int warp_row = thread % kWarpgroup / kWarp * 16;  // within the half
   const int first_row = weight_row(work, tile, half) + warp_row + lane / 4;
   if (work.weight_scales != nullptr) {
     // Rows behind the last have sums of zero, which nobody reads.
     const int rows = work.result == Result::kSiluMul ? 2 * work.outputs : work.outputs;
-    const float upper = work.weight_scales[min(first_row, rows - 1)];
-    const float lower = work.weight_scales[min(first_row + 8, rows - 1)];
+    const float upper = work.weight_scales[min(first_row, rows - 1)] * work.scale_unit;
+    const float lower = work.weight_scales[min(first_row + 8, rows - 1)] * work.scale_unit;
+    const bool scaled = work.x_scales != nullptr;
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
       const int token = first_token + 8 * j + lane % 4 * 2;
-      const float even = work.x_scales[min(token, work.tokens - 1)];
-      const float odd = work.x_scales[min(token + 1, work.tokens - 1)];
+      const float even = scaled ? work.x_scales[min(token, work.tokens - 1)] : 1.0f;
+      const float odd = scaled ? work.x_scales[min(token + 1, work.tokens - 1)] : 1.0f;
       sums[4 * j] *= upper * even;
       sums[4 * j + 1] *= upper * odd;
       sums[4 * j + 2] *= lower * even;
@@ -244,21 +261,23 @@ __device__ void finish_tile(const Work<Out>& work, int tile, int first_token,
     }
   }
   // The token and the rows whose place this lane names to store_transposed.
-  Out* mine = pass + (lane / 16 * 8 + lane % 8) * Memory::kPitch + half * kHalfRows + warp_row +
-              lane / 8 % 2 * 8;
+  const bool upper_rows = lane / 8 % 2 == 0;
+  const int column = kPaired ? half * (kHalfRows / 2) + warp_row / 2 + (upper_rows ? 0 : kHalfRows)
+                             : half * kHalfRows + warp_row + (upper_rows ? 0 : 8);
+  Out* mine = pass + (lane / 16 * 8 + lane % 8) * Tile::kPitch + column;
 #pragma unroll
-  for (int p = 0; p < Memory::kPasses; ++p) {
-    const int start = p * Memory::kPassTokens;
+  for (int p = 0; p < Tile::kPasses; ++p) {
+    const int start = p * Tile::kPassTokens;
     const int there =
-        min(min(Memory::kPassTokens, kTokens - start), work.tokens - first_token - start);
+        min(min(Tile::kPassTokens, kTokens - start), work.tokens - first_token - start);
     multipliers_sync();  // what was in the slot has been read
 #pragma unroll
-    for (int t = 0; t < Memory::kPassTokens; t += 16) {
+    for (int t = 0; t < Tile::kPassTokens; t += 16) {
       if (start + t < kTokens) {
         const float* s = sums + (start + t) / 2;
         // The last eight tokens stand alone where kTokens is odd in eights.
         const bool both = start + t + 8 < kTokens;
-        store_transposed(mine + t * Memory::kPitch, packed<Out>(s[0], s[1]), packed<Out>(s[2], s[3]),
+        store_transposed(mine + t * Tile::kPitch, packed<Out>(s[0], s[1]), packed<Out>(s[2], s[3]),
                          both ? packed<Out>(s[4], s[5]) : 0, both ? packed<Out>(s[6], s[7]) : 0);
       }
     }
@@ -266,10 +285,11 @@ __device__ void finish_tile(const Work<Out>& work, int tile, int first_token,
     if (work.result == Result::kStore || work.result == Result::kAdd) {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
-        const int token = turn * Memory::kAtOnce + thread / kVectors;
+        const int token = turn * Tile::kAtOnce + thread / kVectors;
         if (token < there) {
-          store_vector(work, tile, first_token + start + token, pass + token * Memory::kPitch,
-                       thread % kVectors, before.packs[p * kTurns + turn]);
+          store_vector<kPaired>(work, tile, first_token + start + token,
+                                pass + token * Tile::kPitch, thread % kVectors,
+                                before.packs[p * kTurns + turn]);
         }
       }
     } else {
@@ -278,7 +298,7 @@ __device__ void finish_tile(const Work<Out>& work, int tile, int first_token,
       for (int turn = 0; turn < ceil_div(kTurns, 2); ++turn) {
         const int token = turn * kMultipliers / kPairs + thread / kPairs;
         if (token < there) {
-          finish_pair(work, tile, first_token + start + token, pass + token * Memory::kPitch,
+          finish_pair(work, tile, first_token + start + token, pass + token * Tile::kPitch,
                       thread % kPairs);
         }
       }

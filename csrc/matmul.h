@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "quant_linear.h"
 
 namespace llava_engine {
 
@@ -21,7 +22,10 @@ struct Work {
   Out* out;  // kAdd: the residual; kRopeAppend: the queries
   int64_t out_stride;
   const Out* bias;                        // [outputs] or null
-  const float *x_scales, *weight_scales;  // [tokens] and [weight rows], both or none
+  // [tokens] and [weight rows], or null. Without the first x is of 16 bits and the weight is not;
+  // scale_unit is what the weight's are multiplied with.
+  const float *x_scales, *weight_scales;
+  float scale_unit;
   // kRopeAppend, whose heads have kTileRows dimensions. See rope_kv.cu.
   const float* cos_sin;
   const int64_t *positions, *slots;
@@ -33,5 +37,9 @@ struct Work {
 // 16 bits in themselves, or float8 into one of them. `work` lacks what is said by x.
 template <typename In, typename Out>
 void run_matmul(const Tensor& x, const Tensor& weight, Work<Out> work);
+
+// The same with a quantised weight (quant_matmul.cuh). scales: of its rows, or NF4's.
+template <Format kFormat, typename T>
+void run_quant_matmul(const Tensor& x, const Tensor& weight, const Tensor& scales, Work<T> work);
 
 }  // namespace llava_engine

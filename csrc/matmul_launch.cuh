@@ -45,46 +45,56 @@ void launch(const Tensor& x, const Tensor& weight, Work<Out> work, int clusters)
                   rows_map<In>(x, Memory::kShare), weight_map<In>(weight, work.result), work);
 }
 
-// f(width) for every width of a tile that there is a kernel for. Prompts with a picture of 576 tokens
-// are three or four tiles, so there the widths lie close.
-template <typename F>
-void for_each_width(F&& f) {
-  const auto each = [&](auto... width) { (f(width), ...); };
-  each(Width<128>{}, Width<144>{}, Width<152>{}, Width<160>{}, Width<168>{}, Width<176>{},
-       Width<192>{}, Width<200>{}, Width<208>{}, Width<216>{}, Width<224>{}, Width<232>{},
-       Width<240>{}, Width<256>{});
-}
+// Widths of a tile that there is a kernel for.
+template <int... kWidths>
+struct Widths {
+  // f(width) for each.
+  template <typename F>
+  static void each(F&& f) {
+    (f(Width<kWidths>{}), ...);
+  }
 
-// The width with which the fewest columns are multiplied, one wave of clusters after the other.
-int best_width(int tokens, int tile_pairs, int clusters) {
-  constexpr int kTileCost = 24;  // what a tile takes besides, in columns
-  int best = 0, least = INT32_MAX;
-  for_each_width([&](auto width) {
-    const int waves = ceil_div(tile_pairs * ceil_div<int>(tokens, width.value), clusters);
-    const int cost = waves * (width.value + kTileCost);
-    if (cost <= least) {
-      least = cost;
-      best = width.value;
-    }
-  });
-  return best;
+  // f(the width with which the fewest columns are multiplied, one wave of clusters after the other).
+  // narrowest: a tile of fewer columns takes no less time.
+  template <typename F>
+  static void best(int tokens, int tile_pairs, int clusters, int narrowest, F&& f) {
+    constexpr int kTileCost = 24;  // what a tile takes besides, in columns
+    int best = 0, least = INT32_MAX;
+    each([&](auto width) {
+      const int waves = ceil_div(tile_pairs * ceil_div<int>(tokens, width.value), clusters);
+      const int cost = waves * (std::max<int>(width.value, narrowest) + kTileCost);
+      if (cost < least || (cost == least && width.value > narrowest)) {
+        least = cost;
+        best = width.value;
+      }
+    });
+    each([&](auto width) {
+      if (width.value == best) f(width);
+    });
+  }
+};
+
+// Pairs of blocks that run at once.
+inline int clusters_of(const Tensor& x) {
+  int processors = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
+                                        x.get_device_index()));
+  return processors / kCluster;
 }
 
 }  // namespace
 
 template <typename In, typename Out>
 void run_matmul(const Tensor& x, const Tensor& weight, Work<Out> work) {
+  // Prompts with a picture of 576 tokens are three or four tiles, so there the widths lie close.
+  using Ours = Widths<128, 144, 152, 160, 168, 176, 192, 200, 208, 216, 224, 232, 240, 256>;
   const int rows = work.result == Result::kSiluMul ? kHalfRows : kTileRows;
   work.tokens = static_cast<int>(x.size(0));
   work.inputs = static_cast<int>(x.size(1));
   work.tile_pairs = ceil_div(work.outputs, rows * kCluster);
-  int processors = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
-                                        x.get_device_index()));
-  const int clusters = processors / kCluster;
-  const int best = best_width(work.tokens, work.tile_pairs, clusters);
-  for_each_width([&](auto width) {
-    if (width.value == best) launch<In, Out, width.value>(x, weight, work, clusters);
+  const int clusters = clusters_of(x);
+  Ours::best(work.tokens, work.tile_pairs, clusters, 0, [&](auto width) {
+    launch<In, Out, width.value>(x, weight, work, clusters);
   });
 }
 

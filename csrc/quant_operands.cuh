@@ -11,37 +11,27 @@
 namespace llava_engine {
 namespace {
 
-// Four weights of 8 bits as two registers of two.
+// Two of a word's four weights of 8 bits, the first or (`which`, a constant) the last, as a register.
 template <Format kFormat, typename T>
-__device__ inline void widen(unsigned word, unsigned& first, unsigned& second) {
+__device__ inline unsigned widen_two(unsigned word, int which) {
   const auto bits = [](auto two) { return *reinterpret_cast<unsigned*>(&two); };
+  const unsigned bytes = which == 0 ? 0x4140 : 0x4342;
   if constexpr (kFormat == kInt8 && std::is_same_v<T, __half>) {
-    word ^= 0x80808080u;  // 0x64nn is 1024 + nn
-    const __half2 offset = __float2half2_rn(1152.0f);
-    unsigned made[2] = {__byte_perm(word, 0x64646464u, 0x4140),
-                        __byte_perm(word, 0x64646464u, 0x4342)};
-    first = bits(__hsub2(*reinterpret_cast<__half2*>(&made[0]), offset));
-    second = bits(__hsub2(*reinterpret_cast<__half2*>(&made[1]), offset));
+    // 0x64nn is 1024 + nn.
+    unsigned made = __byte_perm(word ^ 0x80808080u, 0x64646464u, bytes);
+    return bits(__hsub2(*reinterpret_cast<__half2*>(&made), __float2half2_rn(1152.0f)));
   } else if constexpr (kFormat == kInt8) {
     // 0x43nn is 128 + n of the low 7 bits; with the sign bit alone it is 128 or 256.
-    unsigned made[2] = {__byte_perm(word, 0x43434343u, 0x4140),
-                        __byte_perm(word, 0x43434343u, 0x4342)};
-#pragma unroll
-    for (unsigned& two : made) {
-      unsigned low = two & 0xff7fff7fu, sign = two & 0xff80ff80u;
-      two = bits(__hsub2(*reinterpret_cast<__nv_bfloat162*>(&low),
-                         *reinterpret_cast<__nv_bfloat162*>(&sign)));
-    }
-    first = made[0], second = made[1];
+    const unsigned made = __byte_perm(word, 0x43434343u, bytes);
+    unsigned low = made & 0xff7fff7fu, sign = made & 0xff80ff80u;
+    return bits(__hsub2(*reinterpret_cast<__nv_bfloat162*>(&low),
+                        *reinterpret_cast<__nv_bfloat162*>(&sign)));
   } else {
-    const auto pair = [&](unsigned short two) {
-      const __half2 half = __nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3);
-      if constexpr (std::is_same_v<T, __half>) return bits(half);
-      const float2 wide = __half22float2(half);
-      return bits(__floats2bfloat162_rn(wide.x, wide.y));
-    };
-    first = pair(word & 0xffff);
-    second = pair(word >> 16);
+    const auto two = static_cast<unsigned short>(which == 0 ? word & 0xffff : word >> 16);
+    const __half2 half = __nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3);
+    if constexpr (std::is_same_v<T, __half>) return bits(half);
+    const float2 wide = __half22float2(half);
+    return bits(__floats2bfloat162_rn(wide.x, wide.y));
   }
 }
 
@@ -104,7 +94,8 @@ __device__ inline void multiply_step(float (&sums)[2][kTiles][4], const T* const
           a[row] = table.look_up(of_row[row][m / 2], m % 2 * 2);
           a[row + 2] = table.look_up(of_row[row][m / 2], m % 2 * 2 + 1);
         } else {
-          widen<kFormat, T>(of_row[row][m], a[row], a[row + 2]);
+          a[row] = widen_two<kFormat, T>(of_row[row][m], 0);
+          a[row + 2] = widen_two<kFormat, T>(of_row[row][m], 1);
         }
       }
 #pragma unroll

@@ -30,6 +30,15 @@ __device__ inline uint64_t tile_descriptor(const void* tile) {
 // Before the first product after the warpgroup's registers or shared memory were written otherwise.
 __device__ inline void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
+// The same, where these registers are what the products take: nothing that makes them comes later.
+__device__ inline void products_fence(unsigned (&a)[4][4]) {
+#pragma unroll
+  for (auto& four : a) {
+    asm volatile("" : "+r"(four[0]), "+r"(four[1]), "+r"(four[2]), "+r"(four[3])::"memory");
+  }
+  products_fence();
+}
+
 __device__ inline void products_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }

@@ -124,6 +124,40 @@ MULTIPLY_TILES(256, 32, 128, 129)
 
 #undef MULTIPLY_TILES
 #undef MULTIPLY
+
+#define MULTIPLY(N, EIGHTHS, A0, A1, A2, A3, B, TYPES)                                        \
+  asm volatile(                                                                               \
+      "{\n"                                                                                   \
+      ".reg .pred adds;\n"                                                                    \
+      "setp.ne.b32 adds, 1, 0;\n"                                                             \
+      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPES " {" NAMES_##EIGHTHS             \
+      "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", adds, 1, 1, 0;\n"                \
+      "}\n"                                                                                   \
+      : SUMS_##EIGHTHS                                                                         \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+// The same with a in registers, as m16n8k16 has it in each warp, 16 rows a warp. They may not change
+// before the product is done.
+#define MULTIPLY_REGISTERS(N, EIGHTHS, A0, A1, A2, A3, B)                                      \
+  template <typename T>                                                                       \
+  __device__ inline void multiply_registers(float (&d)[N / 2], const unsigned (&a)[4],         \
+                                            uint64_t b) {                                     \
+    if constexpr (std::is_same_v<T, __half>) {                                                \
+      MULTIPLY(N, EIGHTHS, A0, A1, A2, A3, B, "f16.f16");                                      \
+    } else {                                                                                  \
+      static_assert(std::is_same_v<T, __nv_bfloat16>);                                        \
+      MULTIPLY(N, EIGHTHS, A0, A1, A2, A3, B, "bf16.bf16");                                    \
+    }                                                                                         \
+  }
+
+MULTIPLY_REGISTERS(32, 4, 16, 17, 18, 19, 20)
+MULTIPLY_REGISTERS(64, 8, 32, 33, 34, 35, 36)
+MULTIPLY_REGISTERS(104, 13, 52, 53, 54, 55, 56)
+MULTIPLY_REGISTERS(152, 19, 76, 77, 78, 79, 80)
+MULTIPLY_REGISTERS(208, 26, 104, 105, 106, 107, 108)
+
+#undef MULTIPLY_REGISTERS
+#undef MULTIPLY
 #undef FOUR
 #endif
 

@@ -1,9 +1,10 @@
 """Products of many rows and what follows them in one kernel, for prefill on Hopper.
 
 They take 16-bit or float8_e4m3fn matrices with rows of whole 16 bytes and a multiple of 8 outputs,
-and refuse others (csrc/matmul.cu: matmul_takes). Elsewhere, and for those, the decoder uses torch's
-products and the kernels of the other families one by one (csrc/decoder.cpp, network.llama), with
-the same results but for the order of rounding.
+and with x in 16 bits quantised weights, too (QuantMatrix); others they refuse (csrc/matmul.cu:
+matmul_takes). Elsewhere, and for those, the decoder uses torch's products and the kernels of the
+other families one by one (csrc/decoder.cpp, network.llama), with the same results but for the order
+of rounding.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from llava_engine.kernels.library import define
+from llava_engine.kernels.quant_linear import QuantMatrix, dequantize_rows
 from llava_engine.kernels.rope_kv import rope_append
 
 ACTIVATIONS = (None, "gelu", "quick_gelu")
@@ -47,7 +49,8 @@ def matmul_add(
     """residual += x @ weight.T + bias.
 
     Shapes as for matmul_store. x_scales: float32 [T], weight_scales: float32 [outputs], by which
-    sums of float8 are multiplied; None with other types.
+    sums of float8 are multiplied. With x in 16 bits weight may be QuantMatrix.weight (apart: 1) and
+    weight_scales QuantMatrix.scales. Else None.
     """
     _add(residual, x, weight, bias, x_scales, weight_scales)
 
@@ -61,7 +64,8 @@ def matmul_silu_mul(
 ) -> None:
     """out = silu(x @ gate.T) * (x @ up.T).
 
-    out: [T, wide]. gate_up: [2 * wide, inputs], the gate's rows first. Scales as for matmul_add.
+    out: [T, wide]. gate_up: [2 * wide, inputs], the gate's rows first (apart: wide). Scales as for
+    matmul_add.
     """
     _silu_mul(out, x, gate_up, x_scales, weight_scales)
 
@@ -81,8 +85,8 @@ def matmul_rope_append(
 ) -> None:
     """Queries, keys and values of x, rotated, the latter two put into the cache; see rope_append.
 
-    q: [T, q_heads, HEAD_DIM]. qkv: [(q_heads + 2 * kv_heads) * HEAD_DIM, inputs].
-    Scales as for matmul_add.
+    q: [T, q_heads, HEAD_DIM]. qkv: [(q_heads + 2 * kv_heads) * HEAD_DIM, inputs] (apart: half of
+    HEAD_DIM). Scales as for matmul_add.
     """
     _rope_append(
         q,
@@ -105,9 +109,15 @@ def _product(
     bias: torch.Tensor | None,
     x_scales: torch.Tensor | None,
     weight_scales: torch.Tensor | None,
+    apart: int,
 ) -> torch.Tensor:
-    if x_scales is None or weight_scales is None:
+    if weight_scales is None:
         return F.linear(x, weight, bias)
+    if x_scales is None:
+        matrix = QuantMatrix.stored(weight, weight_scales, x.shape[1], apart)
+        whole = x.new_empty(matrix.outputs, matrix.inputs)
+        dequantize_rows(whole, matrix)
+        return F.linear(x, whole, bias)
     sums = x.float() @ weight.float().T * weight_scales * x_scales.unsqueeze(1)
     return (sums if bias is None else sums + bias).to(dtype)
 
@@ -135,7 +145,7 @@ def _add_reference(
     x_scales: torch.Tensor | None,
     weight_scales: torch.Tensor | None,
 ) -> None:
-    residual += _product(residual.dtype, x, weight, bias, x_scales, weight_scales)
+    residual += _product(residual.dtype, x, weight, bias, x_scales, weight_scales, 1)
 
 
 def _silu_mul_reference(
@@ -145,7 +155,8 @@ def _silu_mul_reference(
     x_scales: torch.Tensor | None,
     weight_scales: torch.Tensor | None,
 ) -> None:
-    gate, up = _product(out.dtype, x, gate_up, None, x_scales, weight_scales).chunk(2, dim=-1)
+    both = _product(out.dtype, x, gate_up, None, x_scales, weight_scales, out.shape[1])
+    gate, up = both.chunk(2, dim=-1)
     out.copy_(F.silu(gate) * up)
 
 
@@ -161,7 +172,8 @@ def _rope_append_reference(
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> None:
-    heads = _product(q.dtype, x, qkv, None, x_scales, weight_scales).view(len(x), -1, q.shape[-1])
+    dim = q.shape[-1]
+    heads = _product(q.dtype, x, qkv, None, x_scales, weight_scales, dim // 2).view(len(x), -1, dim)
     queries, keys_values = heads[:, : q.shape[1]], heads[:, q.shape[1] :]
     keys, values = keys_values.chunk(2, dim=1)
     rope_append(queries, keys, values, cos_sin, positions, slot_mapping, k_cache, v_cache)

@@ -10,7 +10,7 @@ import torch
 from support.gpu import NEEDS_GPU
 from support.kernels import blank, normal, within_twice
 from support.linear import angles, qkv_case, qkv_truth, silu_truth
-from support.quant_products import FORMATS, HIDDEN, Layers, random_weight
+from support.quant_products import FORMATS, HIDDEN, Errors, Layers, random_weight
 
 from llava_engine.kernels.library import programmatic_launch, references
 from llava_engine.kernels.quant_linear import (
@@ -41,27 +41,7 @@ QKV_SHAPES = [
     ((5, 5, 96), 320),
     ((32, 32, 128), 4096),
 ]
-FLOOR = 1e-6
-WORST = 0.02  # where an element of the plain result has hardly an error
 EPS = 1e-5
-
-
-class Errors:
-    """Results of all numbers of rows, whose errors are judged together: those of a few elements are
-    chance, since the weights are rounded in one of the two only."""
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[torch.Tensor, ...]] = []
-
-    def add(self, ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> None:
-        """None may be much worse, either: a row that is wrong does not hide behind others."""
-        ours, plain, truth = (x.double().flatten() for x in (ours, plain, truth))
-        if len(truth):
-            assert (ours - truth).abs().max() <= 8 * (plain - truth).abs().max() + WORST
-        self._seen.append((ours, plain, truth))
-
-    def check(self) -> None:
-        within_twice(*(torch.cat(x) for x in zip(*self._seen, strict=True)), FLOOR)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from support.kernels import within_twice
 
 from llava_engine.kernels.attention import attention_workspace
 from llava_engine.kernels.decoder import DecoderTensors, decoder_layers
@@ -14,6 +15,26 @@ from llava_engine.quant.int8 import Int8Weight
 from llava_engine.quant.nf4 import Nf4Weight
 
 FORMATS: tuple[Format, ...] = ("int8", "fp8", "nf4")
+FLOOR = 1e-6
+WORST = 0.02  # where an element of the plain result has hardly an error
+
+
+class Errors:
+    """Results of all numbers of rows, whose errors are judged together: those of a few elements are
+    chance, since the weights are rounded in one of the two only."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[torch.Tensor, ...]] = []
+
+    def add(self, ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> None:
+        """None may be much worse, either: a row that is wrong does not hide behind others."""
+        ours, plain, truth = (x.double().flatten() for x in (ours, plain, truth))
+        if len(truth):
+            assert (ours - truth).abs().max() <= 8 * (plain - truth).abs().max() + WORST
+        self._seen.append((ours, plain, truth))
+
+    def check(self) -> None:
+        within_twice(*(torch.cat(x) for x in zip(*self._seen, strict=True)), FLOOR)
 
 
 def random_weight(

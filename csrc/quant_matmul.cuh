@@ -1,0 +1,324 @@
+// matmul.cuh's kernel for a weight of 8 or 4 bits and x of 16: the weight goes from shared memory
+// through registers, where it is widened, into the products, which take x from shared memory. For
+// prompts, and for steps of more sequences than quant_linear.cuh is for.
+//
+// A slot of the ring has 128 inputs: of 128 weight rows, and of a tile of tokens, 64 by 64.
+#pragma once
+
+#include "matmul_launch.cuh"
+#include "quant_operands.cuh"
+
+namespace llava_engine {
+namespace {
+
+// The two NF4 levels of every byte of indices, once in every bank.
+struct LevelPairs {
+  static constexpr int kEntry = kWarp * 4, kBytes = 256 * kEntry;
+  uint32_t lane;  // the address of this lane's bank
+
+  __device__ explicit LevelPairs(const char* table)
+      : lane(shared_address(table) + threadIdx.x % kWarp * 4) {}
+
+  // The levels' pair for the `which`-th byte.
+  __device__ unsigned look_up(unsigned word, unsigned which) const {
+    unsigned both;
+    asm("ld.shared.u32 %0, [%1];"
+        : "=r"(both)
+        : "r"(lane + __byte_perm(word, 0, 0x4440 | which) * kEntry));
+    return both;
+  }
+
+  template <typename T>
+  __device__ static void fill(char* table) {
+    constexpr int kParts = kEntry / 16;
+    for (int i = threadIdx.x; i < 256 * kParts; i += kMatmulThreads) {
+      const int byte = i / kParts;
+      const T levels[2] = {from_float<T>(nf4_level(byte >> 4)), from_float<T>(nf4_level(byte & 15))};
+      const unsigned both = *reinterpret_cast<const unsigned*>(levels);
+      reinterpret_cast<uint4*>(table)[i] = {both, both, both, both};
+    }
+  }
+};
+
+// Of shared memory, in this order: x's slots, the weight's, NF4's levels and its scales' scales,
+// barriers.
+template <Format kFormat, int kTokens>
+struct QuantMatmulMemory {
+  static constexpr bool kPacked = kFormat == kNf4;
+  static constexpr int kShare = TokenTile<kTokens>::kShare;
+  static constexpr int kUnits = kTileRows / kUnitRows;
+  static constexpr int kWeightBytes = kPacked ? kUnits * kStepBytes : kTileRows * kStep;
+  static constexpr int kGroupBytes = kTokens * kSwizzleBytes;  // of x, 64 inputs
+  static constexpr int kXBytes = 2 * kGroupBytes;
+  static constexpr int kArrivingBytes = kWeightBytes + 2 * kCluster * kShare * kSwizzleBytes;
+  static_assert(TokenTile<kTokens>::kPassBytes <= kXBytes);
+  static constexpr int kTableBytes = kPacked ? LevelPairs::kBytes + kBlockGroup * 4 : 0;
+  static constexpr int kFit = (kMostShared - kTableBytes - 256) / (kXBytes + kWeightBytes);
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kWeights = kStages * kXBytes;
+  static constexpr int kLevels = kWeights + kStages * kWeightBytes;
+  static constexpr int kCode = kLevels + (kPacked ? LevelPairs::kBytes : 0);
+  static constexpr int kBarriers = kLevels + kTableBytes;
+  static constexpr int kBytes = kBarriers + 2 * kStages * 8;
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// One thread: asks for the tiles of one item after the other, as slots become free.
+template <Format kFormat, int kTokens, typename T>
+__device__ void fill_quant_tiles(const CUtensorMap* x_map, const CUtensorMap* w_map,
+                                 const uint8_t* packed, const Work<T>& work, char* shared,
+                                 uint64_t* full, uint64_t* empty) {
+  using Memory = QuantMatmulMemory<kFormat, kTokens>;
+  const int rank = cluster_rank(), items = work.tile_pairs * work.token_tiles;
+  const int depths = ceil_div(work.inputs, kStep), clusters = gridDim.x / kCluster;
+  const uint64_t policy = work.token_tiles > 1 ? evict_normal() : evict_first();
+  const auto ask_weights = [&](int item, int depth, int slot) {
+    const int tile = item / work.token_tiles * kCluster + rank;
+    char* to = shared + Memory::kWeights + slot * Memory::kWeightBytes;
+    barrier_expect(full + slot, Memory::kArrivingBytes);
+    if constexpr (kFormat == kNf4) {
+      const int units = (work.result == Result::kSiluMul ? 2 : 1) * work.outputs / kUnitRows;
+      for (int i = 0; i < Memory::kUnits; ++i) {
+        const int unit = min(tile * Memory::kUnits + i, units - 1);  // behind the last: not used
+        bulk_copy(to + i * kStepBytes,
+                  packed + unit * unit_bytes(work.inputs) + kHeadBytes + depth * kStepBytes,
+                  kStepBytes, full + slot, policy);
+      }
+    } else {
+      tensor_copy_parts(to, w_map, depth * kStep, weight_row(work, tile, 0), full + slot);
+    }
+  };
+  // Weights do not depend on the kernel before: the ring is filled with them while that still runs.
+  const int first = blockIdx.x / kCluster, early = min(depths, Memory::kStages);
+  for (int depth = 0; depth < early; ++depth) ask_weights(first, depth, depth);
+  wait_for_predecessor();
+  Cursor at;
+  bool first_round = true;
+  for (int item = first; item < items; item += clusters) {
+    const int place = rank * (kTokens - Memory::kShare);
+    const int token = item % work.token_tiles * kTokens + place;
+    for (int depth = 0; depth < depths; ++depth) {
+      if (item != first || depth >= early) {
+        if (!first_round) barrier_wait(empty + at.slot, at.phase ^ 1);
+        ask_weights(item, depth, at.slot);
+      }
+      char* to = shared + at.slot * Memory::kXBytes + place * kSwizzleBytes;
+#pragma unroll
+      for (int group = 0; group < 2; ++group) {
+        tensor_copy_to_all(to + group * Memory::kGroupBytes, x_map, depth * kStep + group * kGroup,
+                           token, full + at.slot, (1 << kCluster) - 1);
+      }
+      at.advance(Memory::kStages);
+      if (at.slot == 0) first_round = false;
+    }
+  }
+}
+
+// A thread's part of 64 inputs of its warp's 16 rows as the products' a, of 16 after 16. rows: the
+// warp's first in a swizzled tile of 128 bytes each.
+template <Format kFormat, typename T>
+__device__ inline void widen_rows(unsigned (&a)[4][4], const char* rows, int group) {
+  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    const char* from = rows + g * kSwizzleBytes + (((group * 4 + s) ^ g) << 4) + 2 * t;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const unsigned two =
+            *reinterpret_cast<const uint16_t*>(from + row * 8 * kSwizzleBytes + i * 8);
+        a[s][row + 2 * i] = widen_two<kFormat, T>(two, 0);
+      }
+    }
+  }
+}
+
+// A factor of 16-bit numbers in two parts, so that a product is rounded once.
+template <typename T>
+struct Factor {
+  using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  Two high, low;
+
+  __device__ explicit Factor(float value) {
+    const T first = from_float<T>(value), second = from_float<T>(value - to_float(first));
+    high.x = high.y = first;
+    low.x = low.y = second;
+  }
+  __device__ unsigned operator*(unsigned both) const {
+    const Two two = *reinterpret_cast<const Two*>(&both);
+    const Two product = __hfma2(two, high, __hmul2(two, low));
+    return *reinterpret_cast<const unsigned*>(&product);
+  }
+};
+
+// The same of an NF4 unit: its 128 inputs' bytes in the slot, and which blocks of 64 they are.
+template <typename T>
+__device__ inline void widen_unit(unsigned (&a)[4][4], const char* step, int group, int block,
+                                  const RowScales& row_scales, const float* code,
+                                  const LevelPairs& levels) {
+  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const unsigned indices =
+      *reinterpret_cast<const unsigned*>(step + 2 * kCodeBytes + 4 * g) >> (16 * group);
+  const Factor<T> upper(row_scales.of_block(code, indices & 255, 0, block));
+  const Factor<T> lower(row_scales.of_block(code, indices >> 8 & 255, 1, block));
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    // 16 inputs of both rows, as a lane of quant_linear.cuh has them.
+    const uint4 words =
+        *reinterpret_cast<const uint4*>(step + group * kCodeBytes + (4 * g + s) * 16);
+    a[s][0] = upper * levels.look_up(words.x, t);
+    a[s][1] = lower * levels.look_up(words.z, t);
+    a[s][2] = upper * levels.look_up(words.y, t);
+    a[s][3] = lower * levels.look_up(words.w, t);
+  }
+}
+
+// Two warpgroups: multiply, and make results of the sums.
+template <Format kFormat, int kTokens, typename T>
+__device__ void multiply_quant_tiles(const uint8_t* packed, const Work<T>& work, char* shared,
+                                     uint64_t* full, uint64_t* empty) {
+  using Memory = QuantMatmulMemory<kFormat, kTokens>;
+  // The same in all lanes, and known to be: what a product is told must be in uniform registers.
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0) - kWarpgroup / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  const int items = work.tile_pairs * work.token_tiles, clusters = gridDim.x / kCluster;
+  const int depths = ceil_div(work.inputs, kStep);
+  [[maybe_unused]] const LevelPairs levels(shared + Memory::kLevels);
+  [[maybe_unused]] const float* code = reinterpret_cast<const float*>(shared + Memory::kCode);
+  // The last slots are not filled again, and nobody waits for their release: it might reach the
+  // other block when that has ended.
+  int awaited = ceil_div<int>(items - blockIdx.x / kCluster, clusters) * depths - Memory::kStages;
+  const auto release = [&](int slot) {
+    if (awaited-- > 0 && lane < kCluster) barrier_arrive_at(empty + slot, lane);
+  };
+  Cursor at;
+  for (int item = blockIdx.x / kCluster; item < items; item += clusters) {
+    const int tile = item / work.token_tiles * kCluster + cluster_rank();
+    const int token = item % work.token_tiles * kTokens;
+    [[maybe_unused]] RowScales row_scales;
+    if constexpr (kFormat == kNf4) {
+      const int units = (work.result == Result::kSiluMul ? 2 : 1) * work.outputs / kUnitRows;
+      const int unit = min(tile * Memory::kUnits + warp, units - 1);
+      row_scales.read(reinterpret_cast<const char*>(packed) + unit * unit_bytes(work.inputs),
+                      lane / 4);
+    }
+    wait_for_predecessor();
+    Residual<T, kTokens> residual;
+    if (work.result == Result::kAdd) residual.ask(work, tile, token);
+    float sums[kTokens / 2] = {};
+    unsigned a[2][4][4];
+    int before = 0;
+    for (int depth = 0; depth < depths; ++depth) {
+      const char* x = shared + at.slot * Memory::kXBytes;
+      const char* weights = shared + Memory::kWeights + at.slot * Memory::kWeightBytes;
+      barrier_wait(full + at.slot, at.phase);
+#pragma unroll
+      for (int group = 0; group < 2; ++group) {
+        if constexpr (kFormat == kNf4) {
+          widen_unit<T>(a[group], weights + warp * kStepBytes, group, 2 * depth + group, row_scales,
+                        code, levels);
+        } else {
+          widen_rows<kFormat, T>(a[group], weights + warp * kUnitRows * kSwizzleBytes, group);
+        }
+        const uint64_t tokens = tile_descriptor(x + group * Memory::kGroupBytes);
+        products_fence(a[group]);
+#pragma unroll
+        for (int s = 0; s < 4; ++s) multiply_registers<T>(sums, a[group][s], tokens + 2 * s);
+        products_commit();
+        products_wait<1>();  // those with the other registers are done
+        if (group == 0 && depth > 0) release(before);
+      }
+      before = at.slot;
+      at.advance(Memory::kStages);
+    }
+    products_wait<0>();
+    T* pass = reinterpret_cast<T*>(shared + before * Memory::kXBytes);
+    finish_tile<kTokens, kFormat == kNf4>(work, tile, token, sums, residual, pass);
+    copies_fence();
+    multipliers_sync();
+    release(before);
+  }
+}
+#endif
+
+template <Format kFormat, typename T, int kTokens>
+__global__ __launch_bounds__(kMatmulThreads, 1) void quant_matmul_kernel(
+    const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
+    const uint8_t* packed, const float* code, const __grid_constant__ Work<T> work) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Memory = QuantMatmulMemory<kFormat, kTokens>;
+  launch_dependents();
+  extern __shared__ __align__(1024) char shared[];
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared + Memory::kBarriers);
+  uint64_t* empty = full + Memory::kStages;
+  if (threadIdx.x == 0) {
+    tensor_map_prefetch(&x_map);
+    if (kFormat != kNf4) tensor_map_prefetch(&w_map);
+    for (int slot = 0; slot < Memory::kStages; ++slot) {
+      barrier_init(full + slot, 1);
+      barrier_init(empty + slot, kCluster * kMultipliers / kWarp);
+    }
+    barriers_ready();
+  }
+  if constexpr (kFormat == kNf4) {
+    LevelPairs::fill<T>(shared + Memory::kLevels);
+    float* scales = reinterpret_cast<float*>(shared + Memory::kCode);
+    if (threadIdx.x < kBlockGroup) scales[threadIdx.x] = code[threadIdx.x];
+    __syncthreads();
+  }
+  cluster_sync();
+  if (threadIdx.x < kWarpgroup) {
+    registers_down<40>();
+    if (threadIdx.x == 0) {
+      fill_quant_tiles<kFormat, kTokens>(&x_map, &w_map, packed, work, shared, full, empty);
+    }
+  } else {
+    registers_up<232>();
+    multiply_quant_tiles<kFormat, kTokens>(packed, work, shared, full, empty);
+  }
+  __syncwarp();
+  cluster_sync();  // neither ends before the other is done
+#endif
+}
+
+template <Format kFormat, typename T, int kTokens>
+void launch_quant_matmul(const Tensor& x, const Tensor& weight, const Tensor& scales, Work<T> work,
+                         int clusters) {
+  using Memory = QuantMatmulMemory<kFormat, kTokens>;
+  static_assert(Memory::kStages >= 3);
+  const Launch to(x);
+  const auto kernel = quant_matmul_kernel<kFormat, T, kTokens>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      Memory::kBytes));
+  work.token_tiles = ceil_div(work.tokens, kTokens);
+  const int blocks = kCluster * std::min(clusters, work.tile_pairs * work.token_tiles);
+  const CUtensorMap x_map = rows_map<T>(x, Memory::kShare);
+  const CUtensorMap w_map = kFormat == kNf4 ? x_map : weight_map<uint8_t>(weight, work.result);
+  launch_clusters(kernel, kCluster, blocks, kMatmulThreads, Memory::kBytes, to.stream(), x_map,
+                  w_map, data<uint8_t>(weight), data<float>(scales), work);
+}
+
+}  // namespace
+
+template <Format kFormat, typename T>
+void run_quant_matmul(const Tensor& x, const Tensor& weight, const Tensor& scales, Work<T> work) {
+  using Ours = Widths<32, 64, 104, 152, 208>;
+  constexpr int kNarrowest = 96;  // columns that take as long as the weights to arrive
+  const int rows = work.result == Result::kSiluMul ? kHalfRows : kTileRows;
+  work.tokens = static_cast<int>(x.size(0));
+  work.inputs = static_cast<int>(x.size(1));
+  work.tile_pairs = ceil_div(work.outputs, rows * kCluster);
+  if constexpr (kFormat != kNf4) {
+    work.weight_scales = data<float>(scales);
+    work.scale_unit = kFormat == kInt8 ? kInt8Step : 1.0f;
+  } else {
+    STD_TORCH_CHECK(work.bias == nullptr, "products with NF4 weights take no bias");
+  }
+  const int clusters = clusters_of(x);
+  Ours::best(work.tokens, work.tile_pairs, clusters, kNarrowest, [&](auto width) {
+    launch_quant_matmul<kFormat, T, width.value>(x, weight, scales, work, clusters);
+  });
+}
+
+}  // namespace llava_engine
