@@ -2,7 +2,9 @@
 // through registers, where it is widened, into the products, which take x from shared memory. For
 // prompts, and for steps of more sequences than quant_linear.cuh is for.
 //
-// A slot of the ring has 128 inputs: of 128 weight rows, and of a tile of tokens, 64 by 64.
+// A slot of the ring has 128 inputs: of 128 weight rows, and of a tile of tokens, 64 by 64. Where there
+// are few tiles, the blocks of a cluster divide the inputs of one among them (kSplit of them) instead
+// of taking a tile each (kSplit is 1): then the first adds up what they have.
 #pragma once
 
 #include "matmul_launch.cuh"
@@ -42,15 +44,17 @@ struct LevelPairs {
 
 // Of shared memory, in this order: x's slots, the weight's, NF4's levels and its scales' scales,
 // barriers.
-template <Format kFormat, int kTokens>
+template <Format kFormat, int kTokens, int kSplit>
 struct QuantMatmulMemory {
   static constexpr bool kPacked = kFormat == kNf4;
-  static constexpr int kShare = TokenTile<kTokens>::kShare;
+  static constexpr int kBlocks = kSplit > 1 ? kSplit : kCluster;  // of a cluster
+  static constexpr int kSharers = kSplit > 1 ? 1 : kCluster;      // of the same inputs of tokens
+  static constexpr int kShare = kSplit > 1 ? kTokens : TokenTile<kTokens>::kShare;
   static constexpr int kUnits = kTileRows / kUnitRows;
   static constexpr int kWeightBytes = kPacked ? kUnits * kStepBytes : kTileRows * kStep;
   static constexpr int kGroupBytes = kTokens * kSwizzleBytes;  // of x, 64 inputs
   static constexpr int kXBytes = 2 * kGroupBytes;
-  static constexpr int kArrivingBytes = kWeightBytes + 2 * kCluster * kShare * kSwizzleBytes;
+  static constexpr int kArrivingBytes = kWeightBytes + 2 * kSharers * kShare * kSwizzleBytes;
   static_assert(TokenTile<kTokens>::kPassBytes <= kXBytes);
   static constexpr int kTableBytes = kPacked ? LevelPairs::kBytes + kBlockGroup * 4 : 0;
   static constexpr int kFit = (kMostShared - kTableBytes - 256) / (kXBytes + kWeightBytes);
@@ -60,20 +64,43 @@ struct QuantMatmulMemory {
   static constexpr int kCode = kLevels + (kPacked ? LevelPairs::kBytes : 0);
   static constexpr int kBarriers = kLevels + kTableBytes;
   static constexpr int kBytes = kBarriers + 2 * kStages * 8;
+  static constexpr int kSumsBytes = kTokens * kTileRows * 4;  // of a block, in place of the ring
+  static_assert((kSplit - 1) * kSumsBytes <= kLevels);
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// What a block does: which items, of which the cluster has one after the other; of an item's weight
+// tiles which one; and of its slots which ones.
+template <int kSplit, typename T>
+struct Share {
+  static constexpr int kBlocks = kSplit > 1 ? kSplit : kCluster;
+  int rank = cluster_rank();
+  int first = blockIdx.x / kBlocks, clusters = gridDim.x / kBlocks, items;
+  int begin = 0, end;
+
+  __device__ explicit Share(const Work<T>& work)
+      : items(work.tile_pairs * work.token_tiles), end(ceil_div(work.inputs, kStep)) {
+    if constexpr (kSplit > 1) {
+      begin = end * rank / kSplit;
+      end = end * (rank + 1) / kSplit;
+    }
+  }
+  __device__ int tile(const Work<T>& work, int item) const {
+    const int group = item / work.token_tiles;
+    return kSplit > 1 ? group : group * kCluster + rank;
+  }
+};
+
 // One thread: asks for the tiles of one item after the other, as slots become free.
-template <Format kFormat, int kTokens, typename T>
+template <Format kFormat, int kTokens, int kSplit, typename T>
 __device__ void fill_quant_tiles(const CUtensorMap* x_map, const CUtensorMap* w_map,
                                  const uint8_t* packed, const Work<T>& work, char* shared,
                                  uint64_t* full, uint64_t* empty) {
-  using Memory = QuantMatmulMemory<kFormat, kTokens>;
-  const int rank = cluster_rank(), items = work.tile_pairs * work.token_tiles;
-  const int depths = ceil_div(work.inputs, kStep), clusters = gridDim.x / kCluster;
+  using Memory = QuantMatmulMemory<kFormat, kTokens, kSplit>;
+  const Share<kSplit, T> share(work);
   const uint64_t policy = work.token_tiles > 1 ? evict_normal() : evict_first();
   const auto ask_weights = [&](int item, int depth, int slot) {
-    const int tile = item / work.token_tiles * kCluster + rank;
+    const int tile = share.tile(work, item);
     char* to = shared + Memory::kWeights + slot * Memory::kWeightBytes;
     barrier_expect(full + slot, Memory::kArrivingBytes);
     if constexpr (kFormat == kNf4) {
@@ -89,24 +116,29 @@ __device__ void fill_quant_tiles(const CUtensorMap* x_map, const CUtensorMap* w_
     }
   };
   // Weights do not depend on the kernel before: the ring is filled with them while that still runs.
-  const int first = blockIdx.x / kCluster, early = min(depths, Memory::kStages);
-  for (int depth = 0; depth < early; ++depth) ask_weights(first, depth, depth);
+  const int early = min(share.end - share.begin, Memory::kStages);
+  for (int i = 0; i < early; ++i) ask_weights(share.first, share.begin + i, i);
   wait_for_predecessor();
   Cursor at;
   bool first_round = true;
-  for (int item = first; item < items; item += clusters) {
-    const int place = rank * (kTokens - Memory::kShare);
+  for (int item = share.first; item < share.items; item += share.clusters) {
+    const int place = kSplit > 1 ? 0 : share.rank * (kTokens - Memory::kShare);
     const int token = item % work.token_tiles * kTokens + place;
-    for (int depth = 0; depth < depths; ++depth) {
-      if (item != first || depth >= early) {
+    for (int depth = share.begin; depth < share.end; ++depth) {
+      if (item != share.first || depth >= share.begin + early) {
         if (!first_round) barrier_wait(empty + at.slot, at.phase ^ 1);
         ask_weights(item, depth, at.slot);
       }
       char* to = shared + at.slot * Memory::kXBytes + place * kSwizzleBytes;
 #pragma unroll
       for (int group = 0; group < 2; ++group) {
-        tensor_copy_to_all(to + group * Memory::kGroupBytes, x_map, depth * kStep + group * kGroup,
-                           token, full + at.slot, (1 << kCluster) - 1);
+        char* half = to + group * Memory::kGroupBytes;
+        const int column = depth * kStep + group * kGroup;
+        if constexpr (kSplit > 1) {
+          tensor_copy(half, x_map, column, token, full + at.slot);
+        } else {
+          tensor_copy_to_all(half, x_map, column, token, full + at.slot, (1 << kCluster) - 1);
+        }
       }
       at.advance(Memory::kStages);
       if (at.slot == 0) first_round = false;
@@ -174,27 +206,61 @@ __device__ inline void widen_unit(unsigned (&a)[4][4], const char* step, int gro
   }
 }
 
+// The sums of a cluster's blocks in the first one. All their threads take part; those that have no
+// sums, with null.
+template <int kSplit, int kTokens>
+__device__ void add_up(float (*sums)[kTokens / 2], char* shared) {
+  constexpr int kFours = kTokens / 8;
+  const int rank = cluster_rank();
+  float4* mine = reinterpret_cast<float4*>(shared) + (threadIdx.x - kWarpgroup);
+  cluster_barrier();  // all have read what is in their rings
+  if (sums != nullptr && rank > 0) {
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) {
+      const float* four = *sums + 4 * i;
+      store_at(mine + ((rank - 1) * kFours + i) * kMultipliers, 0,
+               {four[0], four[1], four[2], four[3]});
+    }
+  }
+  cluster_barrier();
+  if (sums == nullptr || rank > 0) return;
+#pragma unroll
+  for (int i = 0; i < kFours; ++i) {
+#pragma unroll
+    for (int block = 0; block < kSplit - 1; ++block) {
+      const float4 four = mine[(block * kFours + i) * kMultipliers];
+      float* to = *sums + 4 * i;
+      to[0] += four.x, to[1] += four.y, to[2] += four.z, to[3] += four.w;
+    }
+  }
+}
+
 // Two warpgroups: multiply, and make results of the sums.
-template <Format kFormat, int kTokens, typename T>
+template <Format kFormat, int kTokens, int kSplit, typename T>
 __device__ void multiply_quant_tiles(const uint8_t* packed, const Work<T>& work, char* shared,
                                      uint64_t* full, uint64_t* empty) {
-  using Memory = QuantMatmulMemory<kFormat, kTokens>;
+  using Memory = QuantMatmulMemory<kFormat, kTokens, kSplit>;
+  const Share<kSplit, T> share(work);
   // The same in all lanes, and known to be: what a product is told must be in uniform registers.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0) - kWarpgroup / kWarp;
   const int lane = threadIdx.x % kWarp;
-  const int items = work.tile_pairs * work.token_tiles, clusters = gridDim.x / kCluster;
-  const int depths = ceil_div(work.inputs, kStep);
   [[maybe_unused]] const LevelPairs levels(shared + Memory::kLevels);
   [[maybe_unused]] const float* code = reinterpret_cast<const float*>(shared + Memory::kCode);
   // The last slots are not filled again, and nobody waits for their release: it might reach the
   // other block when that has ended.
-  int awaited = ceil_div<int>(items - blockIdx.x / kCluster, clusters) * depths - Memory::kStages;
+  int awaited = ceil_div(share.items - share.first, share.clusters) * (share.end - share.begin) -
+                Memory::kStages;
   const auto release = [&](int slot) {
-    if (awaited-- > 0 && lane < kCluster) barrier_arrive_at(empty + slot, lane);
+    if (awaited-- <= 0 || lane >= Memory::kSharers) return;
+    if constexpr (kSplit > 1) {
+      barrier_arrive(empty + slot);
+    } else {
+      barrier_arrive_at(empty + slot, lane);
+    }
   };
   Cursor at;
-  for (int item = blockIdx.x / kCluster; item < items; item += clusters) {
-    const int tile = item / work.token_tiles * kCluster + cluster_rank();
+  for (int item = share.first; item < share.items; item += share.clusters) {
+    const int tile = share.tile(work, item);
     const int token = item % work.token_tiles * kTokens;
     [[maybe_unused]] RowScales row_scales;
     if constexpr (kFormat == kNf4) {
@@ -209,7 +275,7 @@ __device__ void multiply_quant_tiles(const uint8_t* packed, const Work<T>& work,
     float sums[kTokens / 2] = {};
     unsigned a[2][4][4];
     int before = 0;
-    for (int depth = 0; depth < depths; ++depth) {
+    for (int depth = share.begin; depth < share.end; ++depth) {
       const char* x = shared + at.slot * Memory::kXBytes;
       const char* weights = shared + Memory::kWeights + at.slot * Memory::kWeightBytes;
       barrier_wait(full + at.slot, at.phase);
@@ -227,12 +293,16 @@ __device__ void multiply_quant_tiles(const uint8_t* packed, const Work<T>& work,
         for (int s = 0; s < 4; ++s) multiply_registers<T>(sums, a[group][s], tokens + 2 * s);
         products_commit();
         products_wait<1>();  // those with the other registers are done
-        if (group == 0 && depth > 0) release(before);
+        if (group == 0 && depth > share.begin) release(before);
       }
       before = at.slot;
       at.advance(Memory::kStages);
     }
     products_wait<0>();
+    if constexpr (kSplit > 1) {
+      add_up<kSplit, kTokens>(&sums, shared);
+      if (share.rank > 0) return;  // a cluster has one item
+    }
     T* pass = reinterpret_cast<T*>(shared + before * Memory::kXBytes);
     finish_tile<kTokens, kFormat == kNf4>(work, tile, token, sums, residual, pass);
     copies_fence();
@@ -242,12 +312,12 @@ __device__ void multiply_quant_tiles(const uint8_t* packed, const Work<T>& work,
 }
 #endif
 
-template <Format kFormat, typename T, int kTokens>
+template <Format kFormat, typename T, int kTokens, int kSplit>
 __global__ __launch_bounds__(kMatmulThreads, 1) void quant_matmul_kernel(
     const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
     const uint8_t* packed, const float* code, const __grid_constant__ Work<T> work) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Memory = QuantMatmulMemory<kFormat, kTokens>;
+  using Memory = QuantMatmulMemory<kFormat, kTokens, kSplit>;
   launch_dependents();
   extern __shared__ __align__(1024) char shared[];
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + Memory::kBarriers);
@@ -257,7 +327,7 @@ __global__ __launch_bounds__(kMatmulThreads, 1) void quant_matmul_kernel(
     if (kFormat != kNf4) tensor_map_prefetch(&w_map);
     for (int slot = 0; slot < Memory::kStages; ++slot) {
       barrier_init(full + slot, 1);
-      barrier_init(empty + slot, kCluster * kMultipliers / kWarp);
+      barrier_init(empty + slot, Memory::kSharers * kMultipliers / kWarp);
     }
     barriers_ready();
   }
@@ -271,32 +341,64 @@ __global__ __launch_bounds__(kMatmulThreads, 1) void quant_matmul_kernel(
   if (threadIdx.x < kWarpgroup) {
     registers_down<40>();
     if (threadIdx.x == 0) {
-      fill_quant_tiles<kFormat, kTokens>(&x_map, &w_map, packed, work, shared, full, empty);
+      fill_quant_tiles<kFormat, kTokens, kSplit>(&x_map, &w_map, packed, work, shared, full, empty);
     }
+    __syncwarp();
+    if constexpr (kSplit > 1) add_up<kSplit, kTokens>(nullptr, shared);
   } else {
     registers_up<232>();
-    multiply_quant_tiles<kFormat, kTokens>(packed, work, shared, full, empty);
+    multiply_quant_tiles<kFormat, kTokens, kSplit>(packed, work, shared, full, empty);
   }
   __syncwarp();
   cluster_sync();  // neither ends before the other is done
 #endif
 }
 
-template <Format kFormat, typename T, int kTokens>
-void launch_quant_matmul(const Tensor& x, const Tensor& weight, const Tensor& scales, Work<T> work,
-                         int clusters) {
-  using Memory = QuantMatmulMemory<kFormat, kTokens>;
+// How many clusters of the kernel run at once, on whichever device is the first to be asked; they have
+// to lie within the groups that a GPU's processors are divided into.
+template <typename Memory, typename Kernel>
+int most_clusters(Kernel kernel) {
+  static const int most = [=] {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {Memory::kBlocks, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = Memory::kBlocks;
+    config.blockDim = kMatmulThreads;
+    config.dynamicSmemBytes = Memory::kBytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int found = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&found, kernel, &config));
+    return found;
+  }();
+  return most;
+}
+
+// Launches the kernel; with kSplit only if all clusters run at once. Says whether it did.
+template <Format kFormat, typename T, int kTokens, int kSplit>
+bool launch_quant_matmul(const Tensor& x, const Tensor& weight, const Tensor& scales, Work<T> work,
+                         int tiles) {
+  using Memory = QuantMatmulMemory<kFormat, kTokens, kSplit>;
   static_assert(Memory::kStages >= 3);
   const Launch to(x);
-  const auto kernel = quant_matmul_kernel<kFormat, T, kTokens>;
+  const auto kernel = quant_matmul_kernel<kFormat, T, kTokens, kSplit>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       Memory::kBytes));
   work.token_tiles = ceil_div(work.tokens, kTokens);
-  const int blocks = kCluster * std::min(clusters, work.tile_pairs * work.token_tiles);
+  work.tile_pairs = kSplit > 1 ? tiles : ceil_div(tiles, kCluster);
+  int clusters = work.tile_pairs * work.token_tiles;
+  if constexpr (kSplit > 1) {
+    if (clusters > most_clusters<Memory>(kernel)) return false;
+  } else {
+    clusters = std::min(clusters, clusters_of(x));
+  }
   const CUtensorMap x_map = rows_map<T>(x, Memory::kShare);
   const CUtensorMap w_map = kFormat == kNf4 ? x_map : weight_map<uint8_t>(weight, work.result);
-  launch_clusters(kernel, kCluster, blocks, kMatmulThreads, Memory::kBytes, to.stream(), x_map,
-                  w_map, data<uint8_t>(weight), data<float>(scales), work);
+  launch_clusters(kernel, Memory::kBlocks, Memory::kBlocks * clusters, kMatmulThreads,
+                  Memory::kBytes, to.stream(), x_map, w_map, data<uint8_t>(weight),
+                  data<float>(scales), work);
+  return true;
 }
 
 }  // namespace
@@ -305,19 +407,29 @@ template <Format kFormat, typename T>
 void run_quant_matmul(const Tensor& x, const Tensor& weight, const Tensor& scales, Work<T> work) {
   using Ours = Widths<32, 64, 104, 152, 208>;
   constexpr int kNarrowest = 96;  // columns that take as long as the weights to arrive
-  const int rows = work.result == Result::kSiluMul ? kHalfRows : kTileRows;
+  constexpr int kMostSplit = 104;  // columns whose sums there is room for
   work.tokens = static_cast<int>(x.size(0));
   work.inputs = static_cast<int>(x.size(1));
-  work.tile_pairs = ceil_div(work.outputs, rows * kCluster);
   if constexpr (kFormat != kNf4) {
     work.weight_scales = data<float>(scales);
     work.scale_unit = kFormat == kInt8 ? kInt8Step : 1.0f;
   } else {
     STD_TORCH_CHECK(work.bias == nullptr, "products with NF4 weights take no bias");
   }
-  const int clusters = clusters_of(x);
-  Ours::best(work.tokens, work.tile_pairs, clusters, kNarrowest, [&](auto width) {
-    launch_quant_matmul<kFormat, T, width.value>(x, weight, scales, work, clusters);
+  const int tiles =
+      ceil_div(work.outputs, work.result == Result::kSiluMul ? kHalfRows : kTileRows);
+  bool launched = false;
+  Ours::each([&](auto width) {
+    constexpr int kTokens = decltype(width)::value;
+    if constexpr (kTokens <= kMostSplit) {
+      if (launched || work.tokens > kTokens) return;
+      launched = launch_quant_matmul<kFormat, T, kTokens, 4>(x, weight, scales, work, tiles) ||
+                 launch_quant_matmul<kFormat, T, kTokens, 2>(x, weight, scales, work, tiles);
+    }
+  });
+  if (launched) return;
+  Ours::best(work.tokens, ceil_div(tiles, kCluster), clusters_of(x), kNarrowest, [&](auto width) {
+    launch_quant_matmul<kFormat, T, decltype(width)::value, 1>(x, weight, scales, work, tiles);
   });
 }
 

@@ -118,6 +118,26 @@ __device__ inline int cluster_rank() {
   return rank;
 }
 
+// Orders what the blocks of the cluster store, too.
+__device__ inline void cluster_barrier() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+}
+
+// Stores in the shared memory of another block of the cluster, where this one has `to`.
+__device__ inline void store_at(void* to, int block, float4 values) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5};\n"
+      "}\n" ::"r"(shared_address(to)),
+      "r"(block), "f"(values.x), "f"(values.y), "f"(values.z), "f"(values.w)
+      : "memory");
+}
+
 // Orders no stores of theirs (but barriers_ready has ordered the barriers').
 __device__ inline void cluster_sync() {
   asm volatile(

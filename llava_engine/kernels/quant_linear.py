@@ -27,7 +27,7 @@ UNIT_ROWS = 16
 """Outputs are a multiple of it."""
 _STEP = 2 * BLOCK  # inputs that an NF4 unit's bytes come in
 _HEAD_BYTES, _CODE_BYTES, _STEP_BYTES = 16 * UNIT_ROWS, 64 * UNIT_ROWS, 66 * UNIT_ROWS
-_MOST_ROWS = 32  # two reads of the weights; for more, products in 16 bits are the faster ones
+_MOST_ROWS = 16  # as in csrc/decoder.cpp: for more, the products of many rows are the faster ones
 _SINCE = 9  # Hopper
 
 
