@@ -18,10 +18,11 @@ constexpr int64_t kHeadDim = 128;  // which matmul_rope_append takes
 // Rows from which products are ours (bench/NOTES.md): in float8; in 16 bits that of gate and up,
 // whose SiLU then costs nothing; and the others, too. Below, cuBLAS is as fast or faster.
 constexpr int64_t kFp8Rows = 128, kGateUpRows = 512, kManyRows = 960;
-// Quantised weights are multiplied with all that is folded in up to so many rows, and as they are
-// by the products of many rows. Where those do not take them, the first serve up to kFewQuantRows,
-// and then cuBLAS in 16 bits, a tile of rows at a time, which is still in the L2 cache when it is read.
-constexpr int64_t kQuantRows = 16, kFewQuantRows = 32, kTileBytes = 32 << 20;
+// Quantised weights are multiplied with all that is folded in up to so many rows (in 8 bits and in
+// 4), for more by the products of many rows. Where those do not take them, the first serve up to
+// kFewQuantRows, and then cuBLAS in 16 bits, a tile of rows at a time, which is still in the L2 cache
+// when it is read.
+constexpr int64_t kQuantRows = 8, kNf4Rows = 16, kFewQuantRows = 32, kTileBytes = 32 << 20;
 
 // A layer's tensors, in the order of kernels/decoder.py.
 struct Layer {
@@ -91,7 +92,9 @@ class Residual {
       normal_ = fp8_rows(residual, hidden);
       in_fp8_ = matmul_takes(normal_.values, weights.fp8[0]);
     }
-    fused_ = weights.all_quantised && rows_ <= (takes ? kQuantRows : kFewQuantRows);
+    const bool packed = weights.part(0, Layer::kQkv).scalar_type() == ScalarType::Byte;
+    const int64_t few = !takes ? kFewQuantRows : packed ? kNf4Rows : kQuantRows;
+    fused_ = weights.all_quantised && rows_ <= few;
     ours_ = in_fp8_ || (takes && !fused_ && (weights.all_quantised || rows_ >= kManyRows));
     gate_up_ours_ = ours_ || (takes && !fused_ && rows_ >= kGateUpRows);
     activated_ = empty(residual, {rows_, weights.wide});

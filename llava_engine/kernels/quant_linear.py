@@ -1,8 +1,9 @@
 """Products of a few rows with weights of 8 or 4 bits, in a decoding step; those weights in 16 bits.
 
-As in kernels.linear a call is one read of the weights, for each 16 rows of x. kernels.dequantize
-says what a format means. int8 and fp8 matrices are here as they are there, NF4 ones are repacked
-(`pack_nf4`), so that a block of threads reads them as runs of bytes.
+As in kernels.linear a call is one read of the weights, for each 16 rows of x; products of more are
+kernels.matmul's. kernels.dequantize says what a format means. int8 and fp8 matrices are here as
+they are there, NF4 ones are repacked (`pack_nf4`), so that a block of threads reads them as runs of
+bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ UNIT_ROWS = 16
 """Outputs are a multiple of it."""
 _STEP = 2 * BLOCK  # inputs that an NF4 unit's bytes come in
 _HEAD_BYTES, _CODE_BYTES, _STEP_BYTES = 16 * UNIT_ROWS, 64 * UNIT_ROWS, 66 * UNIT_ROWS
-_MOST_ROWS = 16  # as in csrc/decoder.cpp: for more, the products of many rows are the faster ones
+_MOST_ROWS, _MOST_NF4_ROWS = 8, 16  # as in csrc/decoder.cpp
 _SINCE = 9  # Hopper
 
 
@@ -60,13 +61,16 @@ def outputs_of(weight: torch.Tensor) -> int:
     return len(weight) * (UNIT_ROWS if weight.dtype == torch.uint8 else 1)
 
 
-def most_rows(outputs: int, inputs: int, device: torch.device) -> int:
-    """How many rows of x the compiled kernels take with such a matrix in any format; maybe 0."""
+def most_rows(outputs: int, inputs: int, device: torch.device, *, packed: bool) -> int:
+    """For how many rows of x a step takes the compiled kernels with such a matrix; maybe 0.
+
+    They take more, but then those of kernels.matmul are the faster ones. packed: whether it is NF4.
+    """
     if outputs % UNIT_ROWS != 0 or inputs % BLOCK != 0 or inputs > BLOCK * GROUP:
         return 0
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < _SINCE:
         return 0
-    return _MOST_ROWS
+    return _MOST_NF4_ROWS if packed else _MOST_ROWS
 
 
 def pack_nf4(

@@ -126,7 +126,8 @@ class Linear:
             return linear.most_rows(self.weight)
         if not self._compiled():
             return 0
-        return quant_linear.most_rows(self.outputs, self.inputs, self._place.device)
+        packed = self.format == "nf4"
+        return quant_linear.most_rows(self.outputs, self.inputs, self._place.device, packed=packed)
 
     def load(self, weight: QuantisedWeight) -> None:
         """Take the weight of a product with a format."""

@@ -136,11 +136,13 @@ def test_dequantised_rows_are_the_references_to_the_bit(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_layers(kind: Format, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Few rows by the products here, more by cuBLAS: both as with the dequantised weights."""
-    layers = Layers(kind, dtype, generator)
-    for count in (1, 32, 33, 300):
+def test_layers(kind: Format, dim: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Few rows by the products here, more by those of many rows, or where these do not take the
+    heads by cuBLAS: all as with the dequantised weights."""
+    layers = Layers(kind, dtype, generator, dim=dim)
+    for count in (1, 8, 9, 16, 17, 32, 33, 300):
         rows = layers.random(count, HIDDEN)
         ours, plain = (layers.run(rows, quantised=quantised) for quantised in (True, False))
         with references():
@@ -172,7 +174,7 @@ def test_what_has_no_place_is_refused(generator: torch.Generator) -> None:
         quant_linear_add(residual, x, plain)
     with pytest.raises(RuntimeError, match="not so many rows"):
         dequantize_rows(blank(8, 128, dtype=half), matrix, 25)
-    assert most_rows(32, 128, x.device) == 16
+    assert most_rows(32, 128, x.device, packed=True) == 16
 
 
 @pytest.mark.parametrize("rows", [1, 4, 8, 16, 40])

@@ -541,7 +541,7 @@ def test_random_weights_are_quantised_too(format: Format, made: Path) -> None:
 def test_a_step_with_what_kernels_take(
     format: Format, rows: int, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the kernels' references. More rows than the head's kernel takes, too."""
+    """By the kernels' references. More rows than those of the head and of 8 bits take, too."""
     dtype = torch.bfloat16
     plain = load(made / "plain", format, dtype)
     monkeypatch.setattr(Linear, "_compiled", lambda product: True)
@@ -569,7 +569,8 @@ def test_a_step_with_what_kernels_take(
             )
         return logits, caches
 
-    assert packed._decoder.fused_rows >= rows and plain._decoder.fused_rows == 0
+    assert packed._decoder.fused_rows == (16 if format == "nf4" else 8)
+    assert plain._decoder.fused_rows == 0
     ours, our_caches = step(packed)
     theirs, their_caches = step(plain)
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == torch.float32

@@ -70,23 +70,29 @@ def random_weight(
     return Nf4Weight(codes, absmax, code2, scales2)
 
 
-HIDDEN, WIDE, Q_HEADS, KV_HEADS, DIM = 256, 448, 4, 2, 64
+HIDDEN, WIDE, Q_HEADS, KV_HEADS = 256, 448, 4, 2
 BLOCK_SIZE = 16
 
 
 class Layers:
     """Two layers in a format, and the same in 16 bits, for kernels.decoder.decoder_layers.
 
-    whole: of the eight products that many come first which are not quantised.
+    dim: of a head. whole: of the eight products that many come first which are not quantised.
     """
 
     def __init__(
-        self, kind: Format, dtype: torch.dtype, generator: torch.Generator, *, whole: int = 0
+        self,
+        kind: Format,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+        *,
+        dim: int = 64,
+        whole: int = 0,
     ) -> None:
-        self._generator, self._dtype = generator, dtype
+        self._generator, self._dtype, self._dim = generator, dtype, dim
         products = (
-            ((Q_HEADS + 2 * KV_HEADS) * DIM, HIDDEN, DIM // 2),
-            (HIDDEN, Q_HEADS * DIM, 1),
+            ((Q_HEADS + 2 * KV_HEADS) * dim, HIDDEN, dim // 2),
+            (HIDDEN, Q_HEADS * dim, 1),
             (2 * WIDE, HIDDEN, WIDE),
             (HIDDEN, WIDE, 1),
         )
@@ -125,13 +131,13 @@ class Layers:
             x if x.dtype.itemsize == 1 else x.to(to)
             for x in (self._quantised if quantised else self._plain)
         ]
-        device, count = rows.device, len(rows)
+        device, count, dim = rows.device, len(rows), self._dim
         blocks = -(-count // BLOCK_SIZE)
         caches = torch.full(
-            (2, 2, blocks, KV_HEADS, BLOCK_SIZE, DIM), torch.nan, dtype=to, device=device
+            (2, 2, blocks, KV_HEADS, BLOCK_SIZE, dim), torch.nan, dtype=to, device=device
         )
         places = torch.arange(count, device=device)
-        angles = places.unsqueeze(1) * 0.01 ** torch.linspace(0, 1, DIM // 2, device=device)
+        angles = places.unsqueeze(1) * 0.01 ** torch.linspace(0, 1, dim // 2, device=device)
         out = torch.full((count, HIDDEN), torch.nan, dtype=to, device=device)
         decoder = DecoderTensors(
             weights,
@@ -139,8 +145,8 @@ class Layers:
             [],
             self.final_norm.to(to),
             torch.cat((angles.cos(), angles.sin()), dim=1),
-            attention_workspace(Q_HEADS, KV_HEADS, DIM, device),
-            DIM**-0.5,
+            attention_workspace(Q_HEADS, KV_HEADS, dim, device),
+            dim**-0.5,
             1e-5,
         )
         decoder_layers(
