@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support.gpu import GPU, NEEDS_GPU
@@ -143,24 +145,28 @@ def test_no_rows() -> None:
 def test_norms(
     add: bool, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
 ) -> None:
-    x, residual = (spread(generator, *shape, dtype=dtype) for _ in range(2))
-    weight = spread(generator, shape[1], dtype=dtype)
-    total = residual + x if add else x
-    ours, plain = blanks(*shape), blanks(*shape, device="cpu")
-    if add:
-        add_rms_norm_fp8(*ours, residual, x, weight, 1e-5)
-        assert torch.equal(residual, total)
-    else:
-        rms_norm_fp8(*ours, x, weight, 1e-5)
-    rms_norm_fp8(*plain, total.cpu(), weight.cpu(), 1e-5)
-    # A sum in another order may put a normalised element one step of its type off.
-    torch.testing.assert_close(
-        ours[1].cpu(), plain[1], rtol=2 * torch.finfo(dtype).eps + 1e-6, atol=0
-    )
-    within_a_step(ours[0], plain[0])
-    wide = total.double().cpu()
-    truth = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double().cpu()
-    within_twice(dequantized(*ours).cpu(), dequantized(*plain), truth)
+    """Errors of hundreds of numbers are judged together: that of one may be next to nothing."""
+    seen = []
+    for _ in range(max(1, 500 // math.prod(shape))):
+        x, residual = (spread(generator, *shape, dtype=dtype) for _ in range(2))
+        weight = spread(generator, shape[1], dtype=dtype)
+        total = residual + x if add else x
+        ours, plain = blanks(*shape), blanks(*shape, device="cpu")
+        if add:
+            add_rms_norm_fp8(*ours, residual, x, weight, 1e-5)
+            assert torch.equal(residual, total)
+        else:
+            rms_norm_fp8(*ours, x, weight, 1e-5)
+        rms_norm_fp8(*plain, total.cpu(), weight.cpu(), 1e-5)
+        # A sum in another order may put a normalised element one step of its type off.
+        torch.testing.assert_close(
+            ours[1].cpu(), plain[1], rtol=2 * torch.finfo(dtype).eps + 1e-6, atol=0
+        )
+        within_a_step(ours[0], plain[0])
+        wide = total.double().cpu()
+        truth = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double().cpu()
+        seen.append((dequantized(*ours).cpu(), dequantized(*plain), truth))
+    within_twice(*(torch.cat(x) for x in zip(*seen, strict=True)))
 
 
 @pytest.mark.parametrize("programmatic", [False, True], ids=["plain", "programmatic"])
