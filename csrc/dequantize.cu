@@ -1,4 +1,5 @@
-// Rows of quantised weights in 16 bits, for products of many rows by cuBLAS.
+// Rows of quantised weights in 16 bits, for products of many rows by cuBLAS: of models whose heads the
+// ones of quant_matmul.cuh do not take.
 #include <cuda_fp8.h>
 
 #include <algorithm>

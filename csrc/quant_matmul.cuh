@@ -13,6 +13,9 @@
 namespace llava_engine {
 namespace {
 
+template <int kSplit>
+constexpr int kBlocks = kSplit > 1 ? kSplit : kCluster;  // of a cluster
+
 // The two NF4 levels of every byte of indices, once in every bank.
 struct LevelPairs {
   static constexpr int kEntry = kWarp * 4, kBytes = 256 * kEntry;
@@ -47,8 +50,7 @@ struct LevelPairs {
 template <Format kFormat, int kTokens, int kSplit>
 struct QuantMatmulMemory {
   static constexpr bool kPacked = kFormat == kNf4;
-  static constexpr int kBlocks = kSplit > 1 ? kSplit : kCluster;  // of a cluster
-  static constexpr int kSharers = kSplit > 1 ? 1 : kCluster;      // of the same inputs of tokens
+  static constexpr int kSharers = kSplit > 1 ? 1 : kCluster;  // of the same inputs of tokens
   static constexpr int kShare = kSplit > 1 ? kTokens : TokenTile<kTokens>::kShare;
   static constexpr int kUnits = kTileRows / kUnitRows;
   static constexpr int kWeightBytes = kPacked ? kUnits * kStepBytes : kTileRows * kStep;
@@ -69,16 +71,15 @@ struct QuantMatmulMemory {
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// What a block does: which items, of which the cluster has one after the other; of an item's weight
-// tiles which one; and of its slots which ones.
+// What a block does: items, which its cluster has one after the other; of an item's weight tiles one;
+// and of the inputs, in slots, those from begin to end.
 template <int kSplit, typename T>
-struct Share {
-  static constexpr int kBlocks = kSplit > 1 ? kSplit : kCluster;
+struct Assignment {
   int rank = cluster_rank();
-  int first = blockIdx.x / kBlocks, clusters = gridDim.x / kBlocks, items;
+  int first = blockIdx.x / kBlocks<kSplit>, clusters = gridDim.x / kBlocks<kSplit>, items;
   int begin = 0, end;
 
-  __device__ explicit Share(const Work<T>& work)
+  __device__ explicit Assignment(const Work<T>& work)
       : items(work.tile_pairs * work.token_tiles), end(ceil_div(work.inputs, kStep)) {
     if constexpr (kSplit > 1) {
       begin = end * rank / kSplit;
@@ -91,41 +92,48 @@ struct Share {
   }
 };
 
+// The unit of NF4 rows that is the `index`-th of a tile; for those behind the last, whose sums nobody
+// uses, the last.
+template <typename T>
+__device__ inline const uint8_t* unit_of(const Work<T>& work, const uint8_t* packed, int tile,
+                                         int index) {
+  const int units = (work.result == Result::kSiluMul ? 2 : 1) * work.outputs / kUnitRows;
+  return packed + min(tile * (kTileRows / kUnitRows) + index, units - 1) * unit_bytes(work.inputs);
+}
+
 // One thread: asks for the tiles of one item after the other, as slots become free.
 template <Format kFormat, int kTokens, int kSplit, typename T>
 __device__ void fill_quant_tiles(const CUtensorMap* x_map, const CUtensorMap* w_map,
                                  const uint8_t* packed, const Work<T>& work, char* shared,
                                  uint64_t* full, uint64_t* empty) {
   using Memory = QuantMatmulMemory<kFormat, kTokens, kSplit>;
-  const Share<kSplit, T> share(work);
+  const Assignment<kSplit, T> mine(work);
   const uint64_t policy = work.token_tiles > 1 ? evict_normal() : evict_first();
   const auto ask_weights = [&](int item, int depth, int slot) {
-    const int tile = share.tile(work, item);
+    const int tile = mine.tile(work, item);
     char* to = shared + Memory::kWeights + slot * Memory::kWeightBytes;
     barrier_expect(full + slot, Memory::kArrivingBytes);
     if constexpr (kFormat == kNf4) {
-      const int units = (work.result == Result::kSiluMul ? 2 : 1) * work.outputs / kUnitRows;
       for (int i = 0; i < Memory::kUnits; ++i) {
-        const int unit = min(tile * Memory::kUnits + i, units - 1);  // behind the last: not used
-        bulk_copy(to + i * kStepBytes,
-                  packed + unit * unit_bytes(work.inputs) + kHeadBytes + depth * kStepBytes,
-                  kStepBytes, full + slot, policy);
+        const uint8_t* unit = unit_of(work, packed, tile, i);
+        bulk_copy(to + i * kStepBytes, unit + kHeadBytes + depth * kStepBytes, kStepBytes,
+                  full + slot, policy);
       }
     } else {
       tensor_copy_parts(to, w_map, depth * kStep, weight_row(work, tile, 0), full + slot);
     }
   };
   // Weights do not depend on the kernel before: the ring is filled with them while that still runs.
-  const int early = min(share.end - share.begin, Memory::kStages);
-  for (int i = 0; i < early; ++i) ask_weights(share.first, share.begin + i, i);
+  const int early = min(mine.end - mine.begin, Memory::kStages);
+  for (int i = 0; i < early; ++i) ask_weights(mine.first, mine.begin + i, i);
   wait_for_predecessor();
   Cursor at;
   bool first_round = true;
-  for (int item = share.first; item < share.items; item += share.clusters) {
-    const int place = kSplit > 1 ? 0 : share.rank * (kTokens - Memory::kShare);
+  for (int item = mine.first; item < mine.items; item += mine.clusters) {
+    const int place = kSplit > 1 ? 0 : mine.rank * (kTokens - Memory::kShare);
     const int token = item % work.token_tiles * kTokens + place;
-    for (int depth = share.begin; depth < share.end; ++depth) {
-      if (item != share.first || depth >= share.begin + early) {
+    for (int depth = mine.begin; depth < mine.end; ++depth) {
+      if (item != mine.first || depth >= mine.begin + early) {
         if (!first_round) barrier_wait(empty + at.slot, at.phase ^ 1);
         ask_weights(item, depth, at.slot);
       }
@@ -212,13 +220,13 @@ template <int kSplit, int kTokens>
 __device__ void add_up(float (*sums)[kTokens / 2], char* shared) {
   constexpr int kFours = kTokens / 8;
   const int rank = cluster_rank();
-  float4* mine = reinterpret_cast<float4*>(shared) + (threadIdx.x - kWarpgroup);
+  float4* place = reinterpret_cast<float4*>(shared) + (threadIdx.x - kWarpgroup);
   cluster_barrier();  // all have read what is in their rings
   if (sums != nullptr && rank > 0) {
 #pragma unroll
     for (int i = 0; i < kFours; ++i) {
       const float* four = *sums + 4 * i;
-      store_at(mine + ((rank - 1) * kFours + i) * kMultipliers, 0,
+      store_at(place + ((rank - 1) * kFours + i) * kMultipliers, 0,
                {four[0], four[1], four[2], four[3]});
     }
   }
@@ -228,7 +236,7 @@ __device__ void add_up(float (*sums)[kTokens / 2], char* shared) {
   for (int i = 0; i < kFours; ++i) {
 #pragma unroll
     for (int block = 0; block < kSplit - 1; ++block) {
-      const float4 four = mine[(block * kFours + i) * kMultipliers];
+      const float4 four = place[(block * kFours + i) * kMultipliers];
       float* to = *sums + 4 * i;
       to[0] += four.x, to[1] += four.y, to[2] += four.z, to[3] += four.w;
     }
@@ -240,7 +248,7 @@ template <Format kFormat, int kTokens, int kSplit, typename T>
 __device__ void multiply_quant_tiles(const uint8_t* packed, const Work<T>& work, char* shared,
                                      uint64_t* full, uint64_t* empty) {
   using Memory = QuantMatmulMemory<kFormat, kTokens, kSplit>;
-  const Share<kSplit, T> share(work);
+  const Assignment<kSplit, T> mine(work);
   // The same in all lanes, and known to be: what a product is told must be in uniform registers.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0) - kWarpgroup / kWarp;
   const int lane = threadIdx.x % kWarp;
@@ -248,7 +256,7 @@ __device__ void multiply_quant_tiles(const uint8_t* packed, const Work<T>& work,
   [[maybe_unused]] const float* code = reinterpret_cast<const float*>(shared + Memory::kCode);
   // The last slots are not filled again, and nobody waits for their release: it might reach the
   // other block when that has ended.
-  int awaited = ceil_div(share.items - share.first, share.clusters) * (share.end - share.begin) -
+  int awaited = ceil_div(mine.items - mine.first, mine.clusters) * (mine.end - mine.begin) -
                 Memory::kStages;
   const auto release = [&](int slot) {
     if (awaited-- <= 0 || lane >= Memory::kSharers) return;
@@ -259,15 +267,13 @@ __device__ void multiply_quant_tiles(const uint8_t* packed, const Work<T>& work,
     }
   };
   Cursor at;
-  for (int item = share.first; item < share.items; item += share.clusters) {
-    const int tile = share.tile(work, item);
+  for (int item = mine.first; item < mine.items; item += mine.clusters) {
+    const int tile = mine.tile(work, item);
     const int token = item % work.token_tiles * kTokens;
     [[maybe_unused]] RowScales row_scales;
     if constexpr (kFormat == kNf4) {
-      const int units = (work.result == Result::kSiluMul ? 2 : 1) * work.outputs / kUnitRows;
-      const int unit = min(tile * Memory::kUnits + warp, units - 1);
-      row_scales.read(reinterpret_cast<const char*>(packed) + unit * unit_bytes(work.inputs),
-                      lane / 4);
+      const uint8_t* unit = unit_of(work, packed, tile, warp);
+      row_scales.read(reinterpret_cast<const char*>(unit), lane / 4);
     }
     wait_for_predecessor();
     Residual<T, kTokens> residual;
@@ -275,7 +281,7 @@ __device__ void multiply_quant_tiles(const uint8_t* packed, const Work<T>& work,
     float sums[kTokens / 2] = {};
     unsigned a[2][4][4];
     int before = 0;
-    for (int depth = share.begin; depth < share.end; ++depth) {
+    for (int depth = mine.begin; depth < mine.end; ++depth) {
       const char* x = shared + at.slot * Memory::kXBytes;
       const char* weights = shared + Memory::kWeights + at.slot * Memory::kWeightBytes;
       barrier_wait(full + at.slot, at.phase);
@@ -293,7 +299,7 @@ __device__ void multiply_quant_tiles(const uint8_t* packed, const Work<T>& work,
         for (int s = 0; s < 4; ++s) multiply_registers<T>(sums, a[group][s], tokens + 2 * s);
         products_commit();
         products_wait<1>();  // those with the other registers are done
-        if (group == 0 && depth > share.begin) release(before);
+        if (group == 0 && depth > mine.begin) release(before);
       }
       before = at.slot;
       at.advance(Memory::kStages);
@@ -301,7 +307,7 @@ __device__ void multiply_quant_tiles(const uint8_t* packed, const Work<T>& work,
     products_wait<0>();
     if constexpr (kSplit > 1) {
       add_up<kSplit, kTokens>(&sums, shared);
-      if (share.rank > 0) return;  // a cluster has one item
+      if (mine.rank > 0) return;  // a cluster has one item
     }
     T* pass = reinterpret_cast<T*>(shared + before * Memory::kXBytes);
     finish_tile<kTokens, kFormat == kNf4>(work, tile, token, sums, residual, pass);
@@ -356,14 +362,14 @@ __global__ __launch_bounds__(kMatmulThreads, 1) void quant_matmul_kernel(
 
 // How many clusters of the kernel run at once, on whichever device is the first to be asked; they have
 // to lie within the groups that a GPU's processors are divided into.
-template <typename Memory, typename Kernel>
+template <typename Memory, int kSplit, typename Kernel>
 int most_clusters(Kernel kernel) {
   static const int most = [=] {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {Memory::kBlocks, 1, 1};
+    attribute.val.clusterDim = {kBlocks<kSplit>, 1, 1};
     cudaLaunchConfig_t config{};
-    config.gridDim = Memory::kBlocks;
+    config.gridDim = kBlocks<kSplit>;
     config.blockDim = kMatmulThreads;
     config.dynamicSmemBytes = Memory::kBytes;
     config.attrs = &attribute;
@@ -375,7 +381,7 @@ int most_clusters(Kernel kernel) {
   return most;
 }
 
-// Launches the kernel; with kSplit only if all clusters run at once. Says whether it did.
+// Launches the kernel, divided inputs only if all clusters run at once. Says whether it did.
 template <Format kFormat, typename T, int kTokens, int kSplit>
 bool launch_quant_matmul(const Tensor& x, const Tensor& weight, const Tensor& scales, Work<T> work,
                          int tiles) {
@@ -389,13 +395,13 @@ bool launch_quant_matmul(const Tensor& x, const Tensor& weight, const Tensor& sc
   work.tile_pairs = kSplit > 1 ? tiles : ceil_div(tiles, kCluster);
   int clusters = work.tile_pairs * work.token_tiles;
   if constexpr (kSplit > 1) {
-    if (clusters > most_clusters<Memory>(kernel)) return false;
+    if (clusters > most_clusters<Memory, kSplit>(kernel)) return false;
   } else {
     clusters = std::min(clusters, clusters_of(x));
   }
   const CUtensorMap x_map = rows_map<T>(x, Memory::kShare);
   const CUtensorMap w_map = kFormat == kNf4 ? x_map : weight_map<uint8_t>(weight, work.result);
-  launch_clusters(kernel, Memory::kBlocks, Memory::kBlocks * clusters, kMatmulThreads,
+  launch_clusters(kernel, kBlocks<kSplit>, kBlocks<kSplit> * clusters, kMatmulThreads,
                   Memory::kBytes, to.stream(), x_map, w_map, data<uint8_t>(weight),
                   data<float>(scales), work);
   return true;
