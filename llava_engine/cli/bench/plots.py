@@ -211,7 +211,7 @@ def number(value: float) -> str:
     if size >= 1000:
         return f"{value:,.0f}".replace(",", "\u202f")
     text = f"{value:.3g}"
-    return f"{value:.6f}".rstrip("0") if "e" in text else text
+    return f"{value:.6f}".rstrip("0").rstrip(".") if "e" in text else text
 
 
 def _svg(width: float, height: float, parts: Sequence[str], label: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from llava_engine.cli.bench.plots import number
 from llava_engine.cli.bench.report import report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -182,3 +183,11 @@ def test_it_prints(ran, tmp_path):
     assert data.startswith(b"%PDF-")
     pages = len(re.findall(rb"/Type\s*/Page\b", data))
     assert 3 <= pages <= 12
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0, "0"), (2e-13, "0"), (3e-6, "0.000003"), (0.00819, "0.00819"), (999.6, "999.6")],
+)
+def test_numbers_are_for_people(value: float, shown: str) -> None:
+    assert number(value) == shown
