@@ -15,7 +15,7 @@ from llava_engine.kernels.activation import quick_gelu, silu_mul
 from llava_engine.kernels.attention import attention_workspace, paged_attention
 from llava_engine.kernels.decode_step import advance
 from llava_engine.kernels.decoder import DecoderTensors
-from llava_engine.kernels.fp8 import FP8, add_rms_norm_fp8, quantize_rows, rms_norm_fp8
+from llava_engine.kernels.fp8 import FP8, quantize_rows, rms_norm_fp8
 from llava_engine.kernels.library import require_kernels
 from llava_engine.kernels.linear import (
     linear_add,
@@ -74,7 +74,6 @@ def fp8_rows() -> None:
             out, scales = torch.empty_like(x, dtype=FP8), torch.empty(3, device=GPU)
             quantize_rows(out, scales, x)
             rms_norm_fp8(out, scales, x, x[0], 1e-5)
-            add_rms_norm_fp8(out, scales, x.clone(), x, x[0], 1e-5)
 
 
 def activations() -> None:

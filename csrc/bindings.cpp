@@ -12,7 +12,6 @@ STABLE_TORCH_LIBRARY_IMPL(llava_engine, CUDA, m) {
   m.impl("embed_norm", TORCH_BOX(&llava_engine::embed_norm));
   m.impl("quantize_rows", TORCH_BOX(&llava_engine::quantize_rows));
   m.impl("rms_norm_fp8", TORCH_BOX(&llava_engine::rms_norm_fp8));
-  m.impl("add_rms_norm_fp8", TORCH_BOX(&llava_engine::add_rms_norm_fp8));
   m.impl("linear_add", TORCH_BOX(&llava_engine::linear_add));
   m.impl("norm_linear", TORCH_BOX(&llava_engine::norm_linear));
   m.impl("norm_linear_silu_mul", TORCH_BOX(&llava_engine::norm_linear_silu_mul));

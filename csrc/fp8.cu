@@ -14,7 +14,7 @@ constexpr float kLargest = 448.0f;  // of e4m3
 constexpr float kTiny = 0x1p-100f;  // a row without anything as large counts as zero
 constexpr int kMostThreads = 1024;
 
-enum Kind { kPlain, kNorm, kAddNorm };
+enum Kind { kPlain, kNorm };
 
 // A thread's part of a row, in the row's own type: what is normalised is rounded to that anyway. It
 // has V pieces of N elements, as many pieces apart as the block has threads.
@@ -30,13 +30,6 @@ struct Part {
       if (column(v) < columns) {
         pieces[v] = *reinterpret_cast<const Pack<T, N>*>(row + column(v));
       }
-    }
-  }
-
-  __device__ void store(T* row, int columns) const {
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      if (column(v) < columns) *reinterpret_cast<Pack<T, N>*>(row + column(v)) = pieces[v];
     }
   }
 
@@ -113,7 +106,7 @@ __device__ inline unsigned block_max(unsigned x) {
 // x is not __restrict__, or it might be read before the kernel that writes it has ended.
 template <typename T, int N, int V, Kind kKind>
 __global__ void __launch_bounds__(kMostThreads)
-    quantize_kernel(__nv_fp8_storage_t* out, float* scales, T* residual, const T* x,
+    quantize_kernel(__nv_fp8_storage_t* out, float* scales, const T* x,
                     const T* __restrict__ weight, int columns, float eps) {
   launch_dependents();
   Part<T, N, V> weights;
@@ -122,12 +115,6 @@ __global__ void __launch_bounds__(kMostThreads)
   const int64_t base = static_cast<int64_t>(blockIdx.x) * columns;
   Part<T, N, V> row;
   row.load(x + base, columns);
-  if constexpr (kKind == kAddNorm) {
-    Part<T, N, V> before;
-    before.load(residual + base, columns);
-    row.combine(before, [](float a, float b) { return a + b; });
-    row.store(residual + base, columns);
-  }
   if constexpr (kKind != kPlain) {
     const float normal = rsqrtf(block_sum(row.squares()) / columns + eps);
     row.combine(weights, [=](float a, float b) { return rounded<T>(a * normal) * b; });
@@ -139,8 +126,7 @@ __global__ void __launch_bounds__(kMostThreads)
 }
 
 template <Kind kKind>
-void run(Tensor& out, Tensor& scales, Tensor* residual, const Tensor& x, const Tensor* weight,
-         double eps) {
+void run(Tensor& out, Tensor& scales, const Tensor& x, const Tensor* weight, double eps) {
   STD_TORCH_CHECK(x.dim() == 2 && out.dim() == 2, "x and out must be [T, n]");
   const ScalarType type = x.scalar_type();
   const int64_t rows = x.size(0), columns = x.size(1);
@@ -148,11 +134,9 @@ void run(Tensor& out, Tensor& scales, Tensor* residual, const Tensor& x, const T
   check_column(scales, ScalarType::Float, rows, "scales");
   check_column(x, type, rows * columns, "x");
   if (kKind != kPlain) check_column(*weight, type, columns, "weight");
-  if (kKind == kAddNorm) check_column(*residual, type, rows * columns, "residual");
   if (rows == 0 || columns == 0) return;
   const bool vectors = columns % kVector == 0 && aligned(out) && aligned(x) &&
-                       (kKind == kPlain || aligned(*weight)) &&
-                       (kKind != kAddNorm || aligned(*residual));
+                       (kKind == kPlain || aligned(*weight));
   const Launch to(x);
   by_type(x, [&](auto zero) {
     using T = decltype(zero);
@@ -160,8 +144,7 @@ void run(Tensor& out, Tensor& scales, Tensor* residual, const Tensor& x, const T
       const int threads = ceil_div<int64_t>(columns, pieces * elements);
       STD_TORCH_CHECK(threads <= kMostThreads, "the row does not fit a block's registers");
       launch_chained(kernel, rows, ceil_div(threads, kWarp) * kWarp, 0, to.stream(),
-                     data<__nv_fp8_storage_t>(out), data<float>(scales),
-                     kKind == kAddNorm ? data<T>(*residual) : nullptr, data<T>(x),
+                     data<__nv_fp8_storage_t>(out), data<float>(scales), data<T>(x),
                      kKind != kPlain ? data<T>(*weight) : nullptr, static_cast<int>(columns),
                      static_cast<float>(eps));
     };
@@ -178,16 +161,11 @@ void run(Tensor& out, Tensor& scales, Tensor* residual, const Tensor& x, const T
 }  // namespace
 
 void quantize_rows(Tensor out, Tensor scales, Tensor x) {
-  run<kPlain>(out, scales, nullptr, x, nullptr, 0.0);
+  run<kPlain>(out, scales, x, nullptr, 0.0);
 }
 
 void rms_norm_fp8(Tensor out, Tensor scales, Tensor x, Tensor weight, double eps) {
-  run<kNorm>(out, scales, nullptr, x, &weight, eps);
-}
-
-void add_rms_norm_fp8(Tensor out, Tensor scales, Tensor residual, Tensor x, Tensor weight,
-                      double eps) {
-  run<kAddNorm>(out, scales, &residual, x, &weight, eps);
+  run<kNorm>(out, scales, x, &weight, eps);
 }
 
 }  // namespace llava_engine

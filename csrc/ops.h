@@ -23,8 +23,6 @@ void embed_norm(Tensor out, Tensor patches, Tensor class_token, Tensor positions
 // fp8.cu
 void quantize_rows(Tensor out, Tensor scales, Tensor x);
 void rms_norm_fp8(Tensor out, Tensor scales, Tensor x, Tensor weight, double eps);
-void add_rms_norm_fp8(Tensor out, Tensor scales, Tensor residual, Tensor x, Tensor weight,
-                      double eps);
 
 // linear.cu
 void linear_add(Tensor residual, Tensor x, Tensor weight);

@@ -37,21 +37,6 @@ def rms_norm_fp8(
     _rms_norm_fp8(out, scales, x, weight, eps)
 
 
-def add_rms_norm_fp8(
-    out: torch.Tensor,
-    scales: torch.Tensor,
-    residual: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-) -> None:
-    """residual += x, then out, scales = rms_norm_fp8(residual).
-
-    residual: [T, n], of x's type, which the sum is rounded to.
-    """
-    _add_rms_norm_fp8(out, scales, residual, x, weight, eps)
-
-
 def _quantize_rows_reference(out: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> None:
     wide = x.float()
     largest = wide.abs().amax(dim=-1)
@@ -67,27 +52,10 @@ def _rms_norm_fp8_reference(
     _quantize_rows_reference(out, scales, normal)
 
 
-def _add_rms_norm_fp8_reference(
-    out: torch.Tensor,
-    scales: torch.Tensor,
-    residual: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-) -> None:
-    residual.add_(x)
-    _rms_norm_fp8_reference(out, scales, residual, weight, eps)
-
-
 _quantize_rows = define(
     "quantize_rows(Tensor(a!) out, Tensor(b!) scales, Tensor x) -> ()", _quantize_rows_reference
 )
 _rms_norm_fp8 = define(
     "rms_norm_fp8(Tensor(a!) out, Tensor(b!) scales, Tensor x, Tensor weight, float eps) -> ()",
     _rms_norm_fp8_reference,
-)
-_add_rms_norm_fp8 = define(
-    "add_rms_norm_fp8(Tensor(a!) out, Tensor(b!) scales, Tensor(c!) residual, Tensor x, "
-    "Tensor weight, float eps) -> ()",
-    _add_rms_norm_fp8_reference,
 )

@@ -9,8 +9,9 @@ import torch
 from support.gpu import GPU, NEEDS_GPU
 from support.kernels import poisoned, within_twice
 
-from llava_engine.kernels.fp8 import FP8, add_rms_norm_fp8, quantize_rows, rms_norm_fp8
+from llava_engine.kernels.fp8 import FP8, quantize_rows, rms_norm_fp8
 from llava_engine.kernels.library import programmatic_launch
+from llava_engine.kernels.norm import add_rms_norm
 from llava_engine.quant.fp8 import Fp8Weight, fp8_linear, require_fp8
 
 pytestmark = NEEDS_GPU
@@ -141,29 +142,20 @@ def test_no_rows() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("add", [False, True], ids=["norm", "add"])
-def test_norms(
-    add: bool, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
-) -> None:
+def test_norms(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> None:
     """Errors of hundreds of numbers are judged together: that of one may be next to nothing."""
     seen = []
     for _ in range(max(1, 500 // math.prod(shape))):
-        x, residual = (spread(generator, *shape, dtype=dtype) for _ in range(2))
-        weight = spread(generator, shape[1], dtype=dtype)
-        total = residual + x if add else x
+        x, weight = spread(generator, *shape, dtype=dtype), spread(generator, shape[1], dtype=dtype)
         ours, plain = blanks(*shape), blanks(*shape, device="cpu")
-        if add:
-            add_rms_norm_fp8(*ours, residual, x, weight, 1e-5)
-            assert torch.equal(residual, total)
-        else:
-            rms_norm_fp8(*ours, x, weight, 1e-5)
-        rms_norm_fp8(*plain, total.cpu(), weight.cpu(), 1e-5)
+        rms_norm_fp8(*ours, x, weight, 1e-5)
+        rms_norm_fp8(*plain, x.cpu(), weight.cpu(), 1e-5)
         # A sum in another order may put a normalised element one step of its type off.
         torch.testing.assert_close(
             ours[1].cpu(), plain[1], rtol=2 * torch.finfo(dtype).eps + 1e-6, atol=0
         )
         within_a_step(ours[0], plain[0])
-        wide = total.double().cpu()
+        wide = x.double().cpu()
         truth = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double().cpu()
         seen.append((dequantized(*ours).cpu(), dequantized(*plain), truth))
     within_twice(*(torch.cat(x) for x in zip(*seen, strict=True)))
@@ -173,15 +165,16 @@ def test_norms(
 def test_a_captured_chain_gives_what_it_gives_uncaptured(
     programmatic: bool, generator: torch.Generator
 ) -> None:
-    """Each reads what the one before wrote; the first two normalise the same sum."""
+    """Each of two reads what the one before it has just written."""
     x, residual = (spread(generator, 300, 4096, dtype=torch.float16) for _ in range(2))
-    weight = spread(generator, 4096, dtype=torch.float16)
-    made = [blanks(300, 4096) for _ in range(3)]
+    weight, normal = spread(generator, 4096, dtype=torch.float16), torch.empty_like(x)
+    made = [blanks(300, 4096) for _ in range(2)]
 
     def run() -> None:
-        add_rms_norm_fp8(*made[0], residual, x, weight, 1e-5)
-        rms_norm_fp8(*made[1], residual, weight, 1e-5)
-        quantize_rows(*made[2], residual)
+        add_rms_norm(normal, residual, x, weight, 1e-5)
+        rms_norm_fp8(*made[0], residual, weight, 1e-5)
+        add_rms_norm(normal, residual, x, weight, 1e-5)
+        quantize_rows(*made[1], residual)
 
     run()
     graph = torch.cuda.CUDAGraph()
@@ -189,15 +182,15 @@ def test_a_captured_chain_gives_what_it_gives_uncaptured(
         run()
     for _ in range(3):
         x.copy_(spread(generator, 300, 4096, dtype=torch.float16))
-        total = residual + x
+        first = residual + x
+        second = first + x
         graph.replay()
-        assert torch.equal(residual, total)
-        codes = [out.view(torch.uint8) for out, _ in made]
-        assert torch.equal(codes[0], codes[1]) and torch.equal(made[0][1], made[1][1])
+        assert torch.equal(residual, second)
         expected = blanks(300, 4096)
-        rms_norm_fp8(*expected, total, weight, 1e-5)
-        assert torch.equal(codes[1], expected[0].view(torch.uint8))
-        assert same(made[2][0], quantized_on_the_cpu(total)[0])
+        rms_norm_fp8(*expected, first, weight, 1e-5)
+        assert torch.equal(made[0][0].view(torch.uint8), expected[0].view(torch.uint8))
+        assert torch.equal(made[0][1], expected[1])
+        assert same(made[1][0], quantized_on_the_cpu(second)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
