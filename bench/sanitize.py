@@ -150,12 +150,14 @@ def quantised() -> None:
 
 
 def quantised_matmuls() -> None:
-    """Tiles of three widths, a last slot that is half full."""
-    places, cos_sin = torch.arange(330, device=GPU), torch.ones(330, HEAD_DIM, device=GPU)
+    """Inputs in four parts and in two, rings that go round, several tiles one after the other, a
+    last slot that is half full."""
+    places, cos_sin = torch.arange(602, device=GPU), torch.ones(602, HEAD_DIM, device=GPU)
+    cases = ((20, 4480, 4), (50, 2240, 40), (100, 576, 4), (150, 320, 172), (602, 1088, 172))
     for dtype in TYPES[:2]:
         for kind in (torch.int8, FP8, torch.uint8):
-            for rows, inputs in ((20, 1088), (70, 576), (330, 192)):
-                outputs, packed = 4 * HEAD_DIM, kind == torch.uint8
+            for rows, inputs, tiles in cases:
+                outputs, packed = tiles * HEAD_DIM, kind == torch.uint8
                 steps = 256 + -(-inputs // 128) * 1056
                 shape = (outputs // 16, steps) if packed else (outputs, inputs)
                 weight = torch.zeros(shape, device=GPU, dtype=kind)
@@ -163,7 +165,9 @@ def quantised_matmuls() -> None:
                 x = torch.ones(rows, inputs, device=GPU, dtype=dtype)
                 matmul_add(x.new_ones(rows, outputs), x, weight, weight_scales=scales)
                 matmul_silu_mul(x.new_empty(rows, outputs // 2), x, weight, weight_scales=scales)
-                q, cache = x.new_empty(rows, 2, HEAD_DIM), x.new_zeros(6, 1, 64, HEAD_DIM)
+                heads = tiles // 4
+                q = x.new_empty(rows, 2 * heads, HEAD_DIM)
+                cache = x.new_zeros(10, heads, 64, HEAD_DIM)
                 where = cos_sin, places[:rows], places[:rows]
                 matmul_rope_append(q, cache, cache.clone(), x, weight, *where, weight_scales=scales)
 

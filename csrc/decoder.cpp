@@ -85,7 +85,7 @@ class Residual {
       : weights_(weights), residual_(residual), rows_(residual.size(0)) {
     const int64_t hidden = residual.size(1), dim = weights.dim, heads = weights.q_heads;
     x_ = empty(residual, {rows_, hidden});
-    // With scales some weight is quantised, though maybe not this one.
+    // With scales some weight is quantised; unless all are, cuBLAS has them.
     const bool takes = (weights.scales.empty() || weights.all_quantised) && dim == kHeadDim &&
                        matmul_takes(x_, weights.part(0, Layer::kQkv));
     if (!weights.fp8.empty() && rows_ >= kFp8Rows && dim == kHeadDim) {

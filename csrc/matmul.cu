@@ -89,18 +89,17 @@ void matmul(Result result, const Tensor& out, int64_t outputs, const Tensor& x,
 }
 
 template <typename Out>
-void add_bias(Work<Out>& work, const std::optional<Tensor>& bias) {
+void add_bias(Work<Out>& work, const std::optional<Tensor>& bias, const Tensor& out) {
   if (!bias.has_value()) return;
-  check_dense(*bias, "bias");
-  STD_TORCH_CHECK(bias->numel() == work.outputs, "bias has the wrong length");
+  check_column(*bias, out.scalar_type(), work.outputs, "bias");
   work.bias = data<Out>(*bias);
 }
 
 }  // namespace
 
 bool matmul_takes(const Tensor& x, const Tensor& weight) {
-  if (!x.is_cuda() || x.dim() != 2 || weight.dim() != 2 ||
-      outputs_of(weight) % kVector != 0 || !rows_aligned(x) || !rows_aligned(weight) ||
+  if (!x.is_cuda() || !weight.is_cuda() || weight.get_device_index() != x.get_device_index() ||
+      x.dim() != 2 || weight.dim() != 2 || outputs_of(weight) % kVector != 0 || !rows_aligned(x) || !rows_aligned(weight) ||
       attribute(x, cudaDevAttrComputeCapabilityMajor) != 9) {
     return false;
   }
@@ -125,7 +124,7 @@ void matmul_store(Tensor out, Tensor x, Tensor weight, std::optional<Tensor> bia
   STD_TORCH_CHECK(activation >= 0 && activation <= 2, "there is no such activation");
   matmul(Result::kStore, out, weight.size(0), x, weight, {}, {}, [&](auto& work) {
     work.activation = static_cast<Activation>(activation);
-    add_bias(work, bias);
+    add_bias(work, bias, out);
   });
 }
 
@@ -134,7 +133,7 @@ void matmul_add(Tensor residual, Tensor x, Tensor weight, std::optional<Tensor> 
   STD_TORCH_CHECK(residual.dim() == 2 && residual.size(1) == outputs_of(weight),
                   "residual must be [rows, outputs]");
   matmul(Result::kAdd, residual, residual.size(1), x, weight, x_scales, weight_scales,
-         [&](auto& work) { add_bias(work, bias); });
+         [&](auto& work) { add_bias(work, bias, residual); });
 }
 
 void matmul_silu_mul(Tensor out, Tensor x, Tensor gate_up, std::optional<Tensor> x_scales,

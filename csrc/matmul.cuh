@@ -233,7 +233,7 @@ __device__ void finish_tile(const Work<Out>& work, int tile, int first_token,
   const int warp_row = thread % kWarpgroup / kWarp * 16;  // within the half
   const int first_row = weight_row(work, tile, half) + warp_row + lane / 4;
   if (work.weight_scales != nullptr) {
-    // Rows behind the last have sums of zero, which nobody reads.
+    // Of rows behind the last nobody reads the sums.
     const int rows = work.result == Result::kSiluMul ? 2 * work.outputs : work.outputs;
     const float upper = work.weight_scales[min(first_row, rows - 1)] * work.scale_unit;
     const float lower = work.weight_scales[min(first_row + 8, rows - 1)] * work.scale_unit;

@@ -18,7 +18,7 @@ struct Work {
   Activation activation;  // with kStore
   int tokens, inputs;
   int outputs;  // columns of `out`; with kSiluMul half of the weight's rows
-  int token_tiles, tile_pairs;  // tile_pairs: of weight rows, a tile for each block of a cluster
+  int token_tiles, tile_pairs;  // tile_pairs: of weight rows, what a cluster has of them at a time
   Out* out;  // kAdd: the residual; kRopeAppend: the queries
   int64_t out_stride;
   const Out* bias;                        // [outputs] or null

@@ -2,10 +2,13 @@
 // through registers, where it is widened, into the products, which take x from shared memory. For
 // prompts, and for steps of more sequences than quant_linear.cuh is for.
 //
-// A slot of the ring has 128 inputs: of 128 weight rows, and of a tile of tokens, 64 by 64. Where there
-// are few tiles, the blocks of a cluster divide the inputs of one among them (kSplit of them) instead
-// of taking a tile each (kSplit is 1): then the first adds up what they have.
+// A slot of the ring has 128 inputs of 128 weight rows and of a tile of tokens; of the latter as two
+// swizzled tiles of 64 inputs, one behind the other. Where there are few tiles, the blocks of a cluster
+// divide the inputs of one among them (kSplit of them) instead of taking a tile each (kSplit is 1): then
+// the first adds up what they have.
 #pragma once
+
+#include <atomic>
 
 #include "matmul_launch.cuh"
 #include "quant_operands.cuh"
@@ -45,8 +48,8 @@ struct LevelPairs {
   }
 };
 
-// Of shared memory, in this order: x's slots, the weight's, NF4's levels and its scales' scales,
-// barriers.
+// Of shared memory, in this order: x's slots, the weight's, for NF4 its levels and what its blocks' 8-bit
+// scales stand for, barriers.
 template <Format kFormat, int kTokens, int kSplit>
 struct QuantMatmulMemory {
   static constexpr bool kPacked = kFormat == kNf4;
@@ -254,8 +257,8 @@ __device__ void multiply_quant_tiles(const uint8_t* packed, const Work<T>& work,
   const int lane = threadIdx.x % kWarp;
   [[maybe_unused]] const LevelPairs levels(shared + Memory::kLevels);
   [[maybe_unused]] const float* code = reinterpret_cast<const float*>(shared + Memory::kCode);
-  // The last slots are not filled again, and nobody waits for their release: it might reach the
-  // other block when that has ended.
+  // The last slots are not filled again, and nobody waits for their release: it might still be on its
+  // way when the other block ends, since the cluster's last barrier does not wait for such arrivals.
   int awaited = ceil_div(mine.items - mine.first, mine.clusters) * (mine.end - mine.begin) -
                 Memory::kStages;
   const auto release = [&](int slot) {
@@ -277,7 +280,8 @@ __device__ void multiply_quant_tiles(const uint8_t* packed, const Work<T>& work,
     }
     wait_for_predecessor();
     Residual<T, kTokens> residual;
-    if (work.result == Result::kAdd) residual.ask(work, tile, token);
+    const bool finishes = kSplit == 1 || mine.rank == 0;
+    if (work.result == Result::kAdd && finishes) residual.ask(work, tile, token);
     float sums[kTokens / 2] = {};
     unsigned a[2][4][4];
     int before = 0;
@@ -307,7 +311,7 @@ __device__ void multiply_quant_tiles(const uint8_t* packed, const Work<T>& work,
     products_wait<0>();
     if constexpr (kSplit > 1) {
       add_up<kSplit, kTokens>(&sums, shared);
-      if (mine.rank > 0) return;  // a cluster has one item
+      if (!finishes) return;  // a cluster has one item
     }
     T* pass = reinterpret_cast<T*>(shared + before * Memory::kXBytes);
     finish_tile<kTokens, kFormat == kNf4>(work, tile, token, sums, residual, pass);
@@ -360,24 +364,25 @@ __global__ __launch_bounds__(kMatmulThreads, 1) void quant_matmul_kernel(
 #endif
 }
 
-// How many clusters of the kernel run at once, on whichever device is the first to be asked; they have
-// to lie within the groups that a GPU's processors are divided into.
+// How many clusters of the kernel run at once on the current device: they have to lie within the groups
+// that its processors are divided into, which differ from card to card. Asked for once a device.
 template <typename Memory, int kSplit, typename Kernel>
-int most_clusters(Kernel kernel) {
-  static const int most = [=] {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {kBlocks<kSplit>, 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = kBlocks<kSplit>;
-    config.blockDim = kMatmulThreads;
-    config.dynamicSmemBytes = Memory::kBytes;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    int found = 0;
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&found, kernel, &config));
-    return found;
-  }();
+int most_clusters(Kernel kernel, int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // 0: not asked for yet
+  if (device < kDevices && known[device] > 0) return known[device];
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {kBlocks<kSplit>, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = kBlocks<kSplit>;
+  config.blockDim = kMatmulThreads;
+  config.dynamicSmemBytes = Memory::kBytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int most = 0;
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&most, kernel, &config));
+  if (device < kDevices) known[device] = most;
   return most;
 }
 
@@ -395,7 +400,7 @@ bool launch_quant_matmul(const Tensor& x, const Tensor& weight, const Tensor& sc
   work.tile_pairs = kSplit > 1 ? tiles : ceil_div(tiles, kCluster);
   int clusters = work.tile_pairs * work.token_tiles;
   if constexpr (kSplit > 1) {
-    if (clusters > most_clusters<Memory, kSplit>(kernel)) return false;
+    if (clusters > most_clusters<Memory, kSplit>(kernel, x.get_device_index())) return false;
   } else {
     clusters = std::min(clusters, clusters_of(x));
   }
@@ -413,7 +418,7 @@ template <Format kFormat, typename T>
 void run_quant_matmul(const Tensor& x, const Tensor& weight, const Tensor& scales, Work<T> work) {
   using Ours = Widths<32, 64, 104, 152, 208>;
   constexpr int kNarrowest = 96;  // columns that take as long as the weights to arrive
-  constexpr int kMostSplit = 104;  // columns whose sums there is room for
+  constexpr int kWidestSplit = 104;  // columns of which there is room for all blocks' sums
   work.tokens = static_cast<int>(x.size(0));
   work.inputs = static_cast<int>(x.size(1));
   if constexpr (kFormat != kNf4) {
@@ -424,17 +429,19 @@ void run_quant_matmul(const Tensor& x, const Tensor& weight, const Tensor& scale
   }
   const int tiles =
       ceil_div(work.outputs, work.result == Result::kSiluMul ? kHalfRows : kTileRows);
-  bool launched = false;
+  const int pairs = clusters_of(x);
+  bool launched = false, tried = tiles > pairs;
   Ours::each([&](auto width) {
     constexpr int kTokens = decltype(width)::value;
-    if constexpr (kTokens <= kMostSplit) {
-      if (launched || work.tokens > kTokens) return;
+    if constexpr (kTokens <= kWidestSplit) {
+      if (tried || work.tokens > kTokens) return;
+      tried = true;
       launched = launch_quant_matmul<kFormat, T, kTokens, 4>(x, weight, scales, work, tiles) ||
                  launch_quant_matmul<kFormat, T, kTokens, 2>(x, weight, scales, work, tiles);
     }
   });
   if (launched) return;
-  Ours::best(work.tokens, ceil_div(tiles, kCluster), clusters_of(x), kNarrowest, [&](auto width) {
+  Ours::best(work.tokens, ceil_div(tiles, kCluster), pairs, kNarrowest, [&](auto width) {
     launch_quant_matmul<kFormat, T, decltype(width)::value, 1>(x, weight, scales, work, tiles);
   });
 }

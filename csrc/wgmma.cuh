@@ -99,8 +99,9 @@ __device__ inline void tensor_map_prefetch(const CUtensorMap* map) {
 }
 
 // Arrives at the barrier that stands at this place in another block of the cluster: with the release
-// of a block's scope, for a cluster's is a fence of half a microsecond. What the products have read,
-// which is what it tells, needs none.
+// of a block's scope, for a cluster's is a fence of half a microsecond. What it tells needs none: that
+// products have read, and of ordinary loads and stores those that copies_fence and a barrier of the
+// block have ordered before it.
 __device__ inline void barrier_arrive_at(uint64_t* barrier, int block) {
   asm volatile(
       "{\n"

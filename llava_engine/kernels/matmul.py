@@ -1,4 +1,5 @@
-"""Products of many rows and what follows them in one kernel, for prefill on Hopper.
+"""Products of many rows and what follows them in one kernel, on Hopper, for prefill, and with
+quantised weights for steps, too.
 
 They take 16-bit or float8_e4m3fn matrices with rows of whole 16 bytes and a multiple of 8 outputs,
 and with x in 16 bits quantised weights, too (QuantMatrix); others they refuse (csrc/matmul.cu:
@@ -50,7 +51,7 @@ def matmul_add(
 
     Shapes as for matmul_store. x_scales: float32 [T], weight_scales: float32 [outputs], by which
     sums of float8 are multiplied. With x in 16 bits weight may be QuantMatrix.weight (apart: 1) and
-    weight_scales QuantMatrix.scales. Else None.
+    weight_scales QuantMatrix.scales; NF4 takes no bias. Else None.
     """
     _add(residual, x, weight, bias, x_scales, weight_scales)
 
@@ -114,6 +115,8 @@ def _product(
     if weight_scales is None:
         return F.linear(x, weight, bias)
     if x_scales is None:
+        if bias is not None and weight.dtype == torch.uint8:
+            raise ValueError("products with NF4 weights take no bias")
         matrix = QuantMatrix.stored(weight, weight_scales, x.shape[1], apart)
         whole = x.new_empty(matrix.outputs, matrix.inputs)
         dequantize_rows(whole, matrix)

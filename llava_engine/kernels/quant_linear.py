@@ -64,7 +64,8 @@ def outputs_of(weight: torch.Tensor) -> int:
 def most_rows(outputs: int, inputs: int, device: torch.device, *, packed: bool) -> int:
     """For how many rows of x a step takes the compiled kernels with such a matrix; maybe 0.
 
-    They take more, but then those of kernels.matmul are the faster ones. packed: whether it is NF4.
+    They take more, and where kernels.matmul does not take the model decoder_layers uses them for
+    more. packed: whether it is NF4.
     """
     if outputs % UNIT_ROWS != 0 or inputs % BLOCK != 0 or inputs > BLOCK * GROUP:
         return 0

@@ -153,8 +153,8 @@ def test_layers(kind: Format, dim: int, dtype: torch.dtype, generator: torch.Gen
 @pytest.mark.parametrize("kind", FORMATS)
 def test_layers_of_which_some_are_whole(kind: Format, generator: torch.Generator) -> None:
     """As where a checkpoint skips modules, up to prompts that take other kernels."""
-    for whole in (1, 3):
-        layers = Layers(kind, torch.float16, generator, whole=whole)
+    for whole, dim in ((1, 64), (3, 128)):
+        layers = Layers(kind, torch.float16, generator, dim=dim, whole=whole)
         for count in (1, 300, 600, 1000):
             rows = layers.random(count, HIDDEN)
             ours, plain = (layers.run(rows, quantised=quantised) for quantised in (True, False))

@@ -30,8 +30,8 @@ pytestmark = [
 
 DTYPES = [torch.float16, torch.bfloat16]
 ROWS = [1, 17, 32, 33, 64, 100, 130, 602, 1031]  # every width of a tile, and several tiles
-# Inputs, outputs: half a slot, a part of a tile; slots and a half; LLaVA's own.
-SHAPES = [(64, 16), (192, 400), (2240, 1168), (4096, 4096), (11008, 4096)]
+# Inputs, outputs: half a slot, a part of a tile; slots and a half; LLaVA-1.5-7B's and 13B's own.
+SHAPES = [(64, 16), (192, 400), (2240, 1168), (4096, 4096), (11008, 4096), (13824, 5120)]
 SILU_SHAPES = [(64, 16), (448, 48), (5120, 272), (4096, 22016)]
 HEADS = [(4, 4), (5, 2), (32, 32)]
 
