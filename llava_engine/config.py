@@ -6,8 +6,10 @@ prefix that name no field, so that a misspelt one is not silently ignored.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
+import threading
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -19,6 +21,13 @@ PROXY_URL = re.compile(
     r"http://(?:([^\s@/?#]*)@)?(\[[0-9a-fA-F:.]+\]|[^\s@/?#:\[\]]+):([0-9]{1,5})/?"
 )
 """Credentials or None, host (an IPv6 address in brackets), port."""
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+# Longer ones would be OverflowErrors of the functions that wait: locks take 292 years at most,
+# sockets 24 days.
+_LONGEST_WAIT = threading.TIMEOUT_MAX
+_LONGEST_SOCKET_WAIT = float((2**31 - 1) // 1000)
 
 _Config = TypeVar("_Config", "EngineConfig", "PoolConfig")
 
@@ -54,8 +63,10 @@ class EngineConfig:
     image_decode: who decodes JPEGs. "cpu" is libjpeg-turbo, to the bit; "gpu" is nvImageCodec (the
         extra gpu-decode, CUDA alone) for plain ones, whose pixels differ a little; see
         image.gpu_decode.
-    fetch_timeout: seconds for one URL, redirects included.
-    allow_hosts: host names or addresses that `describe_url` may reach although they are private.
+    fetch_timeout: seconds for one URL, redirects included; what is above 24 days, math.inf too, is
+        24 days.
+    allow_hosts: host names or addresses that `describe_url` may reach although they are private, as
+        they stand in URLs but without a port; no networks and no patterns.
     proxy: "http://[user:password@]host:port" for all downloads; HTTP_PROXY and its like are never
         read. Names are looked up and judged here all the same, and the proxy is asked (CONNECT,
         for http too) for the address that was judged, never for a name. Its own is not judged.
@@ -91,7 +102,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         kind, _, index = self.device.partition(":")
-        if self.device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdigit()):
+        if self.device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and _is_index(index)):
             raise ValueError(
                 f'device must be "auto", "cpu", "cuda" or "cuda:N", not {self.device!r}'
             )
@@ -107,6 +118,13 @@ class EngineConfig:
             "max_image_pixels",
             "fetch_timeout",
         )
+        _limit_seconds(self, _LONGEST_SOCKET_WAIT, "fetch_timeout")
+        for host in self.allow_hosts:
+            if not _is_host(host):
+                raise ValueError(
+                    "allow_hosts must hold host names or addresses as they stand in URLs, without "
+                    f"port, mask or pattern, not {host!r}"
+                )
         if self.proxy is not None:
             found = PROXY_URL.fullmatch(self.proxy)
             if found is None or not 0 < int(found[3]) < 1 << 16:
@@ -115,9 +133,7 @@ class EngineConfig:
             raise ValueError('prefill="fp8" needs the engine\'s own attention ("auto" or "paged")')
         if self.prefill == "fp8" and self.quantization not in (None, "fp8"):
             raise ValueError('prefill="fp8" is for weights in 16 bits or quantization="fp8"')
-        for name in ("image_cache_mb", "pixel_cache_mb"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        _check_not_negative(self, "image_cache_mb", "pixel_cache_mb")
 
     @classmethod
     def from_env(cls) -> EngineConfig:
@@ -127,7 +143,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolConfig:
-    """The pool's limits.
+    """The pool's limits. Seconds may be math.inf, for ever; above 292 years they are 292 years.
 
     memory_fraction: share of a device's memory, and of the host's, that the pool may reserve.
     min_workers, max_workers: per model; eviction stops at the first, growth at the second.
@@ -162,8 +178,6 @@ class PoolConfig:
         _check_types(self)
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction must be in (0, 1], not {self.memory_fraction}")
-        if not 0 <= self.min_workers <= self.max_workers:
-            raise ValueError("min_workers must be between 0 and max_workers")
         _check_positive(
             self,
             "max_workers",
@@ -176,8 +190,21 @@ class PoolConfig:
             "prepare_threads",
             "max_fetch_bytes",
         )
-        if self.drain < 0 or self.breaker_reset < 0:
-            raise ValueError("drain and breaker_reset must not be negative")
+        if not 0 <= self.min_workers <= self.max_workers:
+            raise ValueError(
+                f"min_workers must be between 0 and max_workers ({self.max_workers}), "
+                f"not {self.min_workers}"
+            )
+        _check_not_negative(self, "breaker_reset", "drain")
+        _limit_seconds(
+            self,
+            _LONGEST_WAIT,
+            "default_timeout",
+            "spawn_timeout",
+            "idle_timeout",
+            "breaker_reset",
+            "drain",
+        )
 
     @classmethod
     def from_env(cls) -> PoolConfig:
@@ -200,7 +227,13 @@ def _from_env(cls: type[_Config]) -> _Config:
                 values[name] = _parse(text, hints[name])
             except ValueError as error:
                 raise ValueError(f"{variable}={text!r}: {error}") from None
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        # It names the fields. Their values are its own to show: one may hold a password.
+        wrong = [name for name in values if re.search(rf"\b{name}\b", str(error))]
+        variables = ", ".join(PREFIX + name.upper() for name in wrong)
+        raise ValueError(f"{variables}: {error}") from None
 
 
 def _parse(text: str, hint: Any) -> Any:
@@ -230,16 +263,22 @@ def _options(hint: Any) -> tuple[Any, ...]:
 def _check_types(config: EngineConfig | PoolConfig) -> None:
     hints = typing.get_type_hints(type(config))
     for item in fields(config):
-        value, hint = getattr(config, item.name), hints[item.name]
-        if not any(_is_a(value, option) for option in _options(hint)):
-            raise TypeError(f"{item.name} must be {hint}, not {value!r}")
+        value, options = getattr(config, item.name), _options(hints[item.name])
+        if any(_is_a(value, option) for option in options):
+            continue
+        choices = [choice for option in options for choice in _choices(option)]
+        if choices and isinstance(value, str):
+            choices += ["None"] if type(None) in options else []
+            raise ValueError(f"{item.name} must be one of {', '.join(choices)}, not {value!r}")
+        # The value itself is not shown: a proxy in bytes holds the password too.
+        wanted = " or ".join(map(_type_name, options))
+        raise TypeError(f"{item.name} must be {wanted}, not {_kind(value)}")
 
 
 def _is_a(value: object, kind: Any) -> bool:
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        return value in typing.get_args(kind)
-    if origin is tuple:
+    if _choices(kind):
+        return isinstance(value, str) and value in _choices(kind)
+    if typing.get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if isinstance(value, bool) or kind is bool:
         return kind is bool and isinstance(value, bool)
@@ -248,8 +287,60 @@ def _is_a(value: object, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
+def _choices(kind: Any) -> tuple[str, ...]:
+    """The strings of a Literal, none of another type."""
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+
+
+def _type_name(kind: Any) -> str:
+    """A field's type for people."""
+    if kind is type(None):
+        return "None"
+    if typing.get_origin(kind) is tuple:
+        return "tuple of str"
+    return "str" if _choices(kind) else str(kind.__name__)
+
+
+def _kind(value: object) -> str:
+    """A value's type for people."""
+    if isinstance(value, tuple) and value:
+        return f"tuple of {', '.join(sorted({_kind(item) for item in value}))}"
+    return "None" if value is None else type(value).__name__
+
+
+def _is_index(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _is_host(text: str) -> bool:
+    if _HOST_NAME.fullmatch(text):
+        return True
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    try:
+        return ipaddress.ip_address(bare).version == 6
+    except ValueError:
+        return False
+
+
+# Each says what is right rather than what is wrong, so that NaN is refused.
+
+
 def _check_positive(config: EngineConfig | PoolConfig, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and value <= 0:
+        if not (value is None or value > 0):
             raise ValueError(f"{name} must be above 0, not {value}")
+
+
+def _check_not_negative(config: EngineConfig | PoolConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative, not {value}")
+
+
+def _limit_seconds(config: EngineConfig | PoolConfig, longest: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value > longest:
+            object.__setattr__(config, name, longest)

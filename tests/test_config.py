@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import socket
+import threading
+
 import pytest
 
 from llava_engine import EngineConfig, PoolConfig
@@ -44,9 +48,10 @@ def test_a_variable_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch
     [
         (EngineConfig, "device", "tpu", ValueError),
         (EngineConfig, "device", "cuda:x", ValueError),
-        (EngineConfig, "dtype", "int8", TypeError),
-        (EngineConfig, "prefill", "fp4", TypeError),
-        (EngineConfig, "quantization", "fp4", TypeError),
+        (EngineConfig, "device", "cuda:\N{ARABIC-INDIC DIGIT THREE}", ValueError),
+        (EngineConfig, "dtype", "int8", ValueError),
+        (EngineConfig, "prefill", "fp4", ValueError),
+        (EngineConfig, "quantization", "fp4", ValueError),
         (EngineConfig, "quantization", 4, TypeError),
         (EngineConfig, "block_size", 0, ValueError),
         (EngineConfig, "block_size", "64", TypeError),
@@ -75,11 +80,157 @@ def test_a_bad_value_names_its_field(
         config(**{field: value})
 
 
-def test_a_proxy_s_password_is_not_shown() -> None:
+SECONDS = [
+    (EngineConfig, "fetch_timeout"),
+    (PoolConfig, "default_timeout"),
+    (PoolConfig, "spawn_timeout"),
+    (PoolConfig, "idle_timeout"),
+    (PoolConfig, "breaker_reset"),
+    (PoolConfig, "drain"),
+]
+
+
+@pytest.mark.parametrize(("config", "field"), [*SECONDS, (PoolConfig, "memory_fraction")])
+def test_nan_is_no_number(config: type, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=f"{field}.* not nan"):
+        config(**{field: math.nan})
+    monkeypatch.setenv(f"LLAVA_ENGINE_{field.upper()}", "nan")
+    with pytest.raises(ValueError, match=f"^LLAVA_ENGINE_{field.upper()}: {field}.* not nan"):
+        config.from_env()
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 1e10, 10**400])
+@pytest.mark.parametrize(("config", "field"), SECONDS)
+def test_for_ever_is_as_long_as_can_be_waited(config: type, field: str, seconds: float) -> None:
+    kept = getattr(config(**{field: seconds}), field)
+    assert kept > 2_000_000
+    assert config(**{field: seconds}) == config(**{field: math.inf})
+    assert threading.Lock().acquire(timeout=kept)
+    if config is EngineConfig:
+        with socket.socket() as sock:
+            sock.settimeout(kept)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value", "error", "message"),
+    [
+        (
+            EngineConfig,
+            "dtype",
+            "float17",
+            ValueError,
+            "dtype must be one of auto, float32, float16, bfloat16, not 'float17'",
+        ),
+        (
+            EngineConfig,
+            "quantization",
+            "nf5",
+            ValueError,
+            "quantization must be one of nf4, int8, fp8, None, not 'nf5'",
+        ),
+        (EngineConfig, "quantization", 4, TypeError, "quantization must be str or None, not int"),
+        (EngineConfig, "dtype", None, TypeError, "dtype must be str, not None"),
+        (EngineConfig, "device", None, TypeError, "device must be str, not None"),
+        (EngineConfig, "kv_cache_mb", "8", TypeError, "kv_cache_mb must be int or None, not str"),
+        (EngineConfig, "max_batch", 1.5, TypeError, "max_batch must be int, not float"),
+        (EngineConfig, "allow_hosts", "a", TypeError, "allow_hosts must be tuple of str, not str"),
+        (
+            EngineConfig,
+            "allow_hosts",
+            ("a", 1),
+            TypeError,
+            "allow_hosts must be tuple of str, not tuple of int, str",
+        ),
+        (EngineConfig, "nvtx", 1, TypeError, "nvtx must be bool, not int"),
+        (PoolConfig, "drain", "5", TypeError, "drain must be float, not str"),
+        (
+            PoolConfig,
+            "min_workers",
+            3,
+            ValueError,
+            "min_workers must be between 0 and max_workers (2), not 3",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_plain_words(
+    config: type, field: str, value: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        config(**{field: value})
+    assert type(caught.value) is error and str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "text", "message"),
+    [
+        (PoolConfig, "MAX_WORKERS", "0", "max_workers must be above 0, not 0"),
+        (PoolConfig, "MIN_WORKERS", "9", "min_workers must be between 0 and max_workers (2), not"),
+        (EngineConfig, "DEVICE", "gpu", 'device must be "auto", "cpu", "cuda" or "cuda:N", not'),
+        (EngineConfig, "QUANTIZATION", "nf5", "quantization must be one of nf4, int8, fp8, None"),
+        (EngineConfig, "ALLOW_HOSTS", "a:80", "allow_hosts must hold host names or addresses"),
+    ],
+)
+def test_the_variable_with_the_wrong_value_is_named(
+    config: type, field: str, text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAVA_ENGINE_MAX_BATCH", "8")  # which is right
+    monkeypatch.setenv("LLAVA_ENGINE_MAX_QUEUE", "8")
+    monkeypatch.setenv(f"LLAVA_ENGINE_{field}", text)
+    with pytest.raises(ValueError) as caught:
+        config.from_env()
+    assert str(caught.value).startswith(f"LLAVA_ENGINE_{field}: {message}")
+
+
+def test_two_variables_that_do_not_go_together_are_both_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LLAVA_ENGINE_PREFILL", "fp8")
+    monkeypatch.setenv("LLAVA_ENGINE_ATTENTION", "torch")
+    with pytest.raises(ValueError) as caught:
+        EngineConfig.from_env()
+    said = str(caught.value).partition(": ")[0]
+    assert set(said.split(", ")) == {"LLAVA_ENGINE_PREFILL", "LLAVA_ENGINE_ATTENTION"}
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "",
+        " localhost",
+        ".",
+        "127.0.0.1:8000",
+        "localhost:80",
+        "[::1]:80",
+        "10.0.0.0/8",
+        "http://localhost",
+        "*.example.org",
+        "[127.0.0.1]",
+        "b\N{LATIN SMALL LETTER U WITH DIAERESIS}cher.example",
+    ],
+)
+def test_a_host_that_no_url_would_match_is_refused(host: str) -> None:
+    with pytest.raises(ValueError, match="allow_hosts must hold host names or addresses"):
+        EngineConfig(allow_hosts=("localhost", host))
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST.", "my_host-1.example", "10.0.0.1", "::1", "[fd00::1]"]
+)
+def test_hosts_that_urls_may_name(host: str) -> None:
+    assert EngineConfig(allow_hosts=(host,)).allow_hosts == (host,)
+
+
+def test_a_proxy_s_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     config = EngineConfig(proxy="http://user:secret@[::1]:3128/")
     assert "secret" not in repr(config)
     with pytest.raises(ValueError) as caught:
         EngineConfig(proxy="http://user:secret@proxy.test")
+    assert "secret" not in str(caught.value)
+    with pytest.raises(TypeError, match="^proxy must be str or None, not bytes$"):
+        EngineConfig(proxy=b"http://user:secret@proxy.test:3128")  # type: ignore[arg-type]
+    monkeypatch.setenv("LLAVA_ENGINE_PROXY", "http://user:secret@proxy.test")
+    with pytest.raises(ValueError, match="^LLAVA_ENGINE_PROXY: proxy") as caught:
+        EngineConfig.from_env()
     assert "secret" not in str(caught.value)
 
 
