@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import enum
 import math
+import numbers
+import operator
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,6 +73,9 @@ class Timings:
     total: float | None = None
 
 
+_FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # in which it is precise
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen and when generation ends.
@@ -81,10 +86,13 @@ class SamplingParams:
     top_k: 0 keeps every token.
     repetition_penalty: > 0; 1 is none. Divides positive and multiplies negative logits of tokens
         that stand in the prompt or the answer (Keskar et al. 2019, as in transformers).
-    stop: strings that end the answer and are not part of it.
+    stop: strings that end the answer and are not part of it; one string, several or None are taken
+        and kept as a tuple.
     seed: makes sampling reproducible; None draws one.
     ignore_eos: go on past the end-of-sequence token (benchmarks).
 
+    Numbers of other types, such as numpy's, are taken and kept as int and float; the devices hold
+    the floats in 32 bits, so that those that do not fit are refused.
     Raises TypeError or ValueError naming the field.
     """
 
@@ -98,30 +106,20 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        elif self.stop is None:
-            object.__setattr__(self, "stop", ())
-        else:
-            object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
         for name in ("max_new_tokens", "top_k", "seed"):
             value = getattr(self, name)
-            optional = name != "top_k"
-            if not (_is_int(value) or (optional and value is None)):
-                raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+            if value is not None or name == "top_k":
+                object.__setattr__(self, name, plain_int(name, value))
         for name in ("temperature", "top_p", "repetition_penalty"):
-            value = getattr(self, name)
-            if not (_is_int(value) or isinstance(value, float)):
-                raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+            value = plain_float(name, getattr(self, name))
+            object.__setattr__(self, name, value)
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, not {value}")
+            if value and not _FLOAT32_MIN <= abs(value) <= _FLOAT32_MAX:
+                raise ValueError(f"{name} must fit into 32 bits, which {value} does not")
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos must be a bool, not {type(self.ignore_eos).__name__}")
-        for text in self.stop:
-            if not isinstance(text, str):
-                raise TypeError(f"stop must hold strings, not {type(text).__name__}")
-            if not text:
-                raise ValueError("stop must not hold an empty string")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if self.temperature < 0:
@@ -136,5 +134,40 @@ class SamplingParams:
             raise ValueError(f"seed must be in [0, 2**63), not {self.seed}")
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def plain_int(name: str, value: Any) -> int:
+    """An argument as an int; whatever Python takes for an index, but a bool. Raises TypeError."""
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+
+
+def plain_float(name: str, value: Any) -> float:
+    """An argument as a float; whatever is a real number, but a bool. Raises TypeError.
+
+    What is too large for a float is infinite.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]  # typeshed's Real
+
+
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    if isinstance(stop, str):
+        stop = (stop,)
+    if not isinstance(stop, Iterable):
+        raise TypeError(f"stop must be a string or several, not {type(stop).__name__}")
+    strings = tuple(stop)
+    for text in strings:
+        if not isinstance(text, str):
+            raise TypeError(f"stop must hold strings, not {type(text).__name__}")
+        if not text:
+            raise ValueError("stop must not hold an empty string")
+    return strings

@@ -6,6 +6,7 @@ request through the pool. Nothing here imports torch, which takes longer than a 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -29,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage ("load"), the bytes that are done and the bytes in all."""
 
 _MIN_SHARE_MB = 128
+_DIGEST_KEY = os.urandom(16)  # so that no log has what a password could be guessed with
 
 
 class VisionModel:
@@ -45,6 +47,12 @@ class VisionModel:
         pool: WorkerPool | None = None,
         progress: Progress | None = None,
     ) -> None:
+        if not isinstance(config, EngineConfig):
+            raise TypeError(f"config must be an EngineConfig, not {type(config).__name__}")
+        if pool is not None and not isinstance(pool, WorkerPool):
+            raise TypeError(f"pool must be a WorkerPool, not {type(pool).__name__}")
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress must be callable, not {type(progress).__name__}")
         self.info = info
         self.config = config
         self.registry_key = _pool_key(info.registry_key, config)
@@ -61,7 +69,7 @@ class VisionModel:
         top_p: float = 1.0,
         top_k: int = 0,
         repetition_penalty: float = 1.0,
-        stop: str | Iterable[str] = (),
+        stop: str | Iterable[str] | None = (),
         seed: int | None = None,
         ignore_eos: bool = False,
         timeout: float | None = None,
@@ -103,7 +111,7 @@ class VisionModel:
         top_p: float = 1.0,
         top_k: int = 0,
         repetition_penalty: float = 1.0,
-        stop: str | Iterable[str] = (),
+        stop: str | Iterable[str] | None = (),
         seed: int | None = None,
         ignore_eos: bool = False,
         timeout: float | None = None,
@@ -144,7 +152,7 @@ class VisionModel:
         top_p: float,
         top_k: int,
         repetition_penalty: float,
-        stop: str | Iterable[str],
+        stop: str | Iterable[str] | None,
         seed: int | None,
         ignore_eos: bool,
     ) -> SamplingParams:
@@ -154,7 +162,7 @@ class VisionModel:
             top_p=top_p,
             top_k=top_k,
             repetition_penalty=repetition_penalty,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop=stop,  # type: ignore[arg-type]  # which makes a tuple of it
             seed=seed,
             ignore_eos=ignore_eos,
         )
@@ -184,10 +192,12 @@ def get(
 
 def _find(name: str | os.PathLike[str]) -> ModelInfo:
     text = os.fspath(name)
+    if not isinstance(text, str):
+        raise TypeError(f"name must be a str or a path of str, not of {type(text).__name__}")
     if isinstance(name, str) and any(info.registry_key == name for info in models()):
         return lookup(name)
     directory = Path(text)
-    if not directory.is_dir():
+    if not text.strip() or not directory.is_dir():  # "" would be the current one
         return lookup(text)  # which says what is known
     directory = directory.resolve()
     weights = max(1, checkpoint_mb(directory) - (narrowed_bytes(directory) >> 20))
@@ -202,15 +212,22 @@ def _find(name: str | os.PathLike[str]) -> ModelInfo:
 
 def _pool_key(registry_key: str, config: EngineConfig) -> str:
     """The model's name, and what of the configuration is not the default: each combination has
-    workers of its own."""
+    workers of its own. Health, metrics and logs show it."""
     default = EngineConfig()
     changed = [
-        f"{field.name}={getattr(config, field.name)}"
+        f"{field.name}={_shown(getattr(config, field.name), secret=not field.repr)}"
         for field in fields(config)
         if field.name != "progress_bar"  # what is shown changes nothing of what is run
         and getattr(config, field.name) != getattr(default, field.name)
     ]
     return f"{registry_key}[{', '.join(changed)}]" if changed else registry_key
+
+
+def _shown(value: object, *, secret: bool) -> str:
+    """A setting in a model's key; of a secret one a digest, which is another in every process."""
+    if not secret:
+        return str(value)
+    return hashlib.blake2b(str(value).encode(), key=_DIGEST_KEY, digest_size=8).hexdigest()
 
 
 def _spec(key: str, info: ModelInfo, config: EngineConfig, progress: Progress | None) -> ModelSpec:
