@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from pathlib import Path
@@ -11,10 +12,29 @@ import pytest
 from support.pool_fakes import FakeProbe, make_pool
 
 import llava_engine
-from llava_engine import EngineConfig, MemoryExhausted, UnknownModel, VisionModel, WorkerPool
+from llava_engine import (
+    EngineConfig,
+    MemoryExhausted,
+    PoolConfig,
+    UnknownModel,
+    VisionModel,
+    WorkerPool,
+)
 from llava_engine.pool.sizing import DeviceMemory, Need, plan_workers
 
 PICTURE = np.zeros((2, 2, 3), dtype=np.uint8)
+
+
+class PathOf(os.PathLike):
+    """A path object that gives what it was given, or raises it."""
+
+    def __init__(self, path: object) -> None:
+        self.path = path
+
+    def __fspath__(self) -> object:
+        if isinstance(self.path, Exception):
+            raise self.path
+        return self.path
 
 
 def cramped() -> WorkerPool:
@@ -44,6 +64,24 @@ def test_each_configuration_has_workers_of_its_own() -> None:
     assert llava_engine.get("llava-tiny", EngineConfig()).registry_key == "llava-tiny"
 
 
+@pytest.mark.parametrize("other", ["http://user:OTHER@10.0.0.1:3128", "http://10.0.0.1:3128"])
+def test_a_proxy_s_password_is_not_in_the_model_s_name(
+    other: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EngineConfig(device="cpu", proxy="http://user:SECRET@10.0.0.1:3128")
+    caplog.set_level("DEBUG")
+    with cramped() as pool:
+        model = llava_engine.get("llava-tiny", config, pool=pool)
+        with pytest.raises(MemoryExhausted) as caught:
+            model.describe_image(PICTURE, "What?").text()
+        shown = f"{model!r} {model.registry_key} {pool.health()} {caught.value} {caplog.text}"
+    assert "SECRET" not in shown and "10.0.0.1" not in shown and "proxy=" in shown
+    again = llava_engine.get("llava-tiny", dataclasses.replace(config))
+    assert again.registry_key == model.registry_key
+    another = llava_engine.get("llava-tiny", dataclasses.replace(config, proxy=other))
+    assert another.registry_key != model.registry_key
+
+
 @pytest.mark.parametrize("name", ["llava-tony", Path("llava-tony")])
 def test_an_unknown_name_says_what_is_known_and_nearest(name: str | Path) -> None:
     with pytest.raises(UnknownModel, match=r"mean 'llava-tiny'\?.*llava-1\.5-13b, llava-1\.5-7b"):
@@ -53,6 +91,33 @@ def test_an_unknown_name_says_what_is_known_and_nearest(name: str | Path) -> Non
 def test_a_name_of_another_type() -> None:
     with pytest.raises(TypeError, match="not int"):
         llava_engine.get(7)
+    with pytest.raises(TypeError, match="name must be a str or a path of str, not of bytes"):
+        llava_engine.get(PathOf(b"llava-tiny"))
+
+
+@pytest.mark.parametrize("name", ["", " ", "\t\n"])
+def test_a_blank_name_is_not_the_current_directory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(bytes(1 << 20))
+    assert llava_engine.get(Path()).registry_key == str(tmp_path)
+    with pytest.raises(UnknownModel, match="Known: .*llava-tiny"):
+        llava_engine.get(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config": {"device": "cpu"}}, "config must be an EngineConfig, not dict"),
+        ({"config": PoolConfig()}, "config must be an EngineConfig, not PoolConfig"),
+        ({"pool": "x"}, "pool must be a WorkerPool, not str"),
+        ({"progress": 3}, "progress must be callable, not int"),
+    ],
+)
+def test_arguments_of_get_of_another_type(options: dict[str, object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        llava_engine.get("llava-tiny", **options)
 
 
 @pytest.mark.parametrize("kind", [str, Path])
@@ -112,6 +177,8 @@ def test_a_model_has_two_verbs_and_they_take_the_same() -> None:
         ({"top_p": 0}, ValueError),
         ({"stop": [""]}, ValueError),
         ({"stop": [5]}, TypeError),
+        ({"stop": 3}, TypeError),
+        ({"repetition_penalty": 1e39}, ValueError),
         ({"timeout": -1}, ValueError),
         ({"seed": 1.5}, TypeError),
     ],
@@ -119,10 +186,19 @@ def test_a_model_has_two_verbs_and_they_take_the_same() -> None:
 def test_arguments_are_judged_at_the_call(options: dict[str, object], error: type) -> None:
     with cramped() as pool:
         model = llava_engine.get("llava-tiny", EngineConfig(device="cpu"), pool=pool)
-        with pytest.raises(error):
+        with pytest.raises(error, match=next(iter(options))):
             model.describe_image(PICTURE, "What?", **options)
-        with pytest.raises(error):
+        with pytest.raises(error, match=next(iter(options))):
             model.describe_url("http://example.com/", "What?", **options)
+
+
+def test_a_path_object_that_fails_is_the_caller_s_fault() -> None:
+    with cramped() as pool:
+        model = llava_engine.get("llava-tiny", EngineConfig(device="cpu"), pool=pool)
+        with pytest.raises(KeyError, match="where?"):
+            model.describe_image(PathOf(KeyError("where?")), "What?")
+        with pytest.raises(TypeError, match="__fspath__"):
+            model.describe_image(PathOf(3), "What?")
 
 
 def test_everything_else_comes_through_the_stream() -> None:
@@ -148,7 +224,9 @@ def test_options_and_the_models_defaults_reach_the_pool(monkeypatch: pytest.Monk
         model.describe_image(
             PICTURE, "What?", temperature=0.5, stop="x", seed=3, priority=2, timeout=1.5
         )
-    (args, defaults), (_, given) = seen
+        model.describe_image(PICTURE, "What?", stop=None)
+    (args, defaults), (_, given), (_, none) = seen
+    assert none["sampling"].stop == ()
     assert args == (model.registry_key, PICTURE, "What?")
     assert defaults["sampling"].temperature == model.info.default_temperature == 0
     sampling = given["sampling"]

@@ -89,7 +89,8 @@ def check_image(source: object) -> None:
     """Refuse what can be no picture, without I/O.
 
     Accepted are a path, bytes, a binary file, a PIL image and a uint8 height x width x 3 array.
-    Raises TypeError for other types and dtypes, ValueError for wrong shapes and for URLs.
+    Raises TypeError for other types and dtypes, ValueError for wrong shapes and for URLs, and what
+    a path object raises that cannot say its path.
     """
     if isinstance(source, str):
         if source[:8].lower().startswith(("http://", "https://")):
@@ -108,8 +109,10 @@ def check_image(source: object) -> None:
             raise ValueError(f"image must be height x width x 3, not {_shape(source)}")
         if not source.size:
             raise ValueError(f"image has no pixels: {_shape(source)}")
+    elif isinstance(source, os.PathLike):
+        os.fspath(source)  # a fault of the caller's class is no broken picture
     elif not (
-        isinstance(source, (bytes, bytearray, memoryview, os.PathLike, Image.Image))
+        isinstance(source, (bytes, bytearray, memoryview, Image.Image))
         or callable(getattr(source, "read", None))
     ):
         raise TypeError(

@@ -104,6 +104,16 @@ def test_modes_and_variants_equal_pillow(
     np.testing.assert_array_equal(load(content), expected)
 
 
+@pytest.mark.parametrize(
+    "mode",
+    sorted({*Image.MODES, "PA", "La", "RGBa", "RGBX", "I;16L", "I;16B", "I;16N"} - {"F"}),
+)
+def test_pictures_of_every_mode_but_f(mode: str) -> None:
+    assert load(Image.new(mode, (9, 7))).shape == (7, 9, 3)
+    with pytest.raises(ImageDecodeError, match="floating-point"):
+        load(Image.new("F", (9, 7)))
+
+
 # --- the table of safety.md -------------------------------------------------------------------
 
 
