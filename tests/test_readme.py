@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from support.pool_fakes import FakeProbe, error_of, make_pool
 
 import llava_engine
 from bench import readme
@@ -153,6 +154,16 @@ def test_the_sizes_are_those_that_are_planned_with() -> None:
                 number = float(said.split()[0])
                 gigabytes = further.endswith("GiB")
                 assert abs(number - (mb / 1024 if gigabytes else mb)) <= (0.06 if gigabytes else 1)
+
+
+def test_what_is_said_of_device_cuda_without_a_gpu() -> None:
+    """The class itself, not the KernelsNotBuilt of a machine that has a GPU."""
+    assert "requests end with `ModelError`" in README and "| `ModelError` |" in README
+    with make_pool(FakeProbe()) as pool:
+        for device in ("cuda", "cuda:7"):
+            model = llava_engine.get("llava-tiny", EngineConfig(device=device), pool=pool)
+            error = error_of(model.describe_image(picture_path(), "What?"))
+            assert type(error) is llava_engine.ModelError
 
 
 def test_linked_files_exist() -> None:
