@@ -12,6 +12,7 @@ Importing the package imports neither torch nor an HTTP client; the first reques
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from llava_engine.config import EngineConfig, PoolConfig
@@ -61,6 +62,9 @@ if TYPE_CHECKING:
     from llava_engine.vision_model import VisionModel, get
 
 __version__ = "0.1.0"
+
+# Where the application configures no logging, logging prints warnings on stderr by itself.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "BlockedAddress",

@@ -6,7 +6,6 @@ Uses what every caller of the package can use. `--help` and `models` import no t
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import traceback
@@ -45,8 +44,6 @@ _QUESTION = "Describe the picture."
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; see `llava-engine --help`."""
     args = _parser().parse_args(argv)
-    # What went wrong is said once, by this command, and not by the package's log as well.
-    logging.getLogger("llava_engine").addHandler(logging.NullHandler())
     # A terminal that cannot show a character gets a question mark, not a crash.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -10,6 +10,7 @@ that one must be, as it is where models are loaded.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from llava_engine.errors import KernelsNotBuilt
 def functional(quantization: str) -> Any:
     """bitsandbytes.functional. Raises KernelsNotBuilt where the package is not usable."""
     wanted = f'EngineConfig(quantization="{quantization}")'
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log.addFilter(_of_interest)
     try:
         return importlib.import_module("bitsandbytes.functional")
     except ModuleNotFoundError as error:
@@ -34,3 +37,10 @@ def functional(quantization: str) -> Any:
             f'loaded into torch {torch.__version__}; install it again (pip install "'
             'llava-engine[quant]")'
         ) from error
+    finally:
+        log.removeFilter(_of_interest)
+
+
+def _of_interest(record: logging.LogRecord) -> bool:
+    """Not that a CPU's kernel for multiplying is missing: here bitsandbytes only quantises."""
+    return "gemm_4bit_forward" not in record.getMessage()
