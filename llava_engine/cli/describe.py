@@ -54,10 +54,18 @@ def describe(args: argparse.Namespace) -> None:
 
 def engine_config(args: argparse.Namespace) -> llava_engine.EngineConfig:
     """The environment's, with what the command line sets. Raises BadInput."""
-    settings = {name: getattr(args, name) for name in ("device", "dtype", "quantization")}
+    given = {name: getattr(args, name) for name in ("device", "dtype", "quantization")}
+    config, _ = settings()
     try:
-        config = llava_engine.EngineConfig.from_env()
-        return dataclasses.replace(config, **{k: v for k, v in settings.items() if v})
+        return dataclasses.replace(config, **{k: v for k, v in given.items() if v})
+    except (TypeError, ValueError) as error:
+        raise BadInput(str(error)) from error
+
+
+def settings() -> tuple[llava_engine.EngineConfig, llava_engine.PoolConfig]:
+    """What the environment sets, for a model and for the pool. Raises BadInput."""
+    try:
+        return llava_engine.EngineConfig.from_env(), llava_engine.PoolConfig.from_env()
     except (TypeError, ValueError) as error:
         raise BadInput(str(error)) from error
 
