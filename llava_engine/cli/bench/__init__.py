@@ -67,19 +67,23 @@ def run_bench(args: argparse.Namespace) -> None:
     for path in (args.report, args.trace):
         if path is not None and not path.parent.is_dir():
             raise BadInput(f"{path}: there is no such folder")
+        if path is not None and path.is_dir():
+            raise BadInput(f"{path} is a folder")
     record = measure(args, started)
-    if args.report is not None:
-        args.report.write_text(report(record, ops), encoding="utf-8")
     if args.json:
         print(json.dumps(record))
     else:
         _print(record)
+    if args.report is not None:
+        args.report.write_text(report(record, ops), encoding="utf-8")
 
 
 def measure(args: argparse.Namespace, started: float | None = None) -> dict[str, Any]:
     """Everything that was asked for, as one JSON-able record."""
     if args.new_tokens < 1 or (args.requests is not None and args.requests < 0):
         raise BadInput("--new-tokens must be at least 1, --requests not below 0")
+    if not 0 <= args.seed < 2**63:
+        raise BadInput(f"--seed must be in [0, 2**63), not {args.seed}")
     folder = None if args.images is None else files(args.images)
     with ExitStack() as stack:
         model, aside = _model(args, stack)
@@ -312,17 +316,24 @@ def _read_ops(path: Path) -> dict[str, Any]:
 
 
 def _counts(text: str) -> list[int]:
-    counts = [int(part) for part in text.split(",")]
-    if min(counts) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more each")
+    try:
+        counts = [int(part) for part in text.split(",")]
+        if min(counts) < 1:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be like 1,8, each 1 or more, not {text!r}"
+        ) from None
     return counts
 
 
 def _rates(text: str) -> list[float]:
-    rates = [float(part) for part in text.split(",")]
-    if not all(0 < rate < float("inf") for rate in rates):
-        raise argparse.ArgumentTypeError("must be above 0 each")
-    return rates
+    try:
+        return [_positive(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be like 2,8.5, each above 0, not {text!r}"
+        ) from None
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -338,8 +349,18 @@ def _goals(text: str) -> dict[str, float]:
         name, _, limit = part.partition(":")
         if name not in GOALS:
             raise argparse.ArgumentTypeError(f"knows {', '.join(GOALS)}, not {name!r}")
-        goals[name] = float(limit)
+        try:
+            goals[name] = _positive(limit)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{name} must be above 0, not {limit!r}") from None
     return goals
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError
+    return number
 
 
 def _peers(text: str) -> list[str]:
