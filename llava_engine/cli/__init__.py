@@ -6,6 +6,8 @@ Uses what every caller of the package can use. `--help` and `models` import no t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -27,7 +29,7 @@ from llava_engine.errors import (
     SpawnFailed,
 )
 
-OK, USAGE, BAD_INPUT, MODEL, POOL, INTERNAL, INTERRUPTED = 0, 2, 3, 4, 5, 70, 130
+OK, USAGE, BAD_INPUT, MODEL, POOL, INTERNAL, OUTPUT, INTERRUPTED = 0, 2, 3, 4, 5, 70, 74, 130
 _CODES = """\
 exit codes:
   0    done
@@ -36,6 +38,7 @@ exit codes:
   4    the model cannot be found, downloaded, read or run
   5    not now: out of memory, overloaded, or past --timeout
   70   an internal error
+  74   what was found cannot be written
   130  interrupted
 """
 _QUESTION = "Describe the picture."
@@ -43,17 +46,20 @@ _QUESTION = "Describe the picture."
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; see `llava-engine --help`."""
+    if sys.stderr is None:  # closed: print would take stdout in its place
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (to the process's end)
     args = _parser().parse_args(argv)
     # A terminal that cannot show a character gets a question mark, not a crash.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "standard output is closed")
         args.run(args)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read us has enough. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read us has enough
+        _drop_output()
         return OK
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -63,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _complain(error)
         return code
+    except OSError as error:  # the engine raises none: it is of a file that this command writes
+        _drop_output()
+        reason = error.strerror or str(error)
+        _complain(f"{error.filename}: {reason}" if error.filename else reason)
+        return OUTPUT
     except Exception as error:
         traceback.print_exc()
         _complain(error)
@@ -85,9 +96,19 @@ def exit_code(error: Exception) -> int:
     return INTERNAL
 
 
-def _complain(error: Exception) -> None:
-    reason = error.__cause__ if isinstance(error, SpawnFailed) and error.__cause__ else error
-    print(f"llava-engine: {reason or type(reason).__name__}", file=sys.stderr)
+def _complain(what: Exception | str) -> None:
+    reason = what.__cause__ if isinstance(what, SpawnFailed) and what.__cause__ else what
+    with contextlib.suppress(OSError):
+        print(f"llava-engine: {reason or type(reason).__name__}", file=sys.stderr)
+
+
+def _drop_output() -> None:
+    """Forget what cannot be written: Python would complain once more when it flushes at exit."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,7 +129,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     description.add_argument(
-        "picture", nargs="?", help="a file or an http(s) URL; the bundled picture if left out"
+        "picture",
+        nargs="?",
+        help="a file, an http(s) URL, or - for standard input; the bundled picture if left out",
     )
     description.add_argument("query", nargs="?", default=_QUESTION, help=f"default: {_QUESTION}")
     description.add_argument(
@@ -120,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     description.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest")
     description.add_argument("--seed", type=int, metavar="N", help="makes sampling reproducible")
+    description.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end the answer before it; may be repeated"
+    )
     description.add_argument("--timeout", type=float, metavar="S", help="give up after S seconds")
     description.set_defaults(run=describe)
 
@@ -147,5 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     diagnosis = commands.add_parser("doctor", help="say what is here, and what would speed it up")
     diagnosis.set_defaults(run=doctor)
     for command in (description, timing, models, diagnosis):
-        command.add_argument("--json", action="store_true", help="print one JSON object")
+        command.add_argument(
+            "--json",
+            action="store_true",
+            help="print one JSON object; a failure is told on stderr, as without",
+        )
     return parser

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
 import llava_engine
 from llava_engine.cli.where import sentence, where
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 
 class BadInput(Exception):
@@ -19,14 +22,12 @@ class BadInput(Exception):
 
 def describe(args: argparse.Namespace) -> None:
     """Print the answer, or with --json one object with what is known of it."""
-    from llava_engine.demo import picture_path
-
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "timeout")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "timeout")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    picture = str(picture_path()) if args.picture is None else args.picture
-    is_url = picture.partition("://")[0].lower() in ("http", "https") and "://" in picture
+    config = engine_config(args)
     try:
-        model = llava_engine.get(args.model, engine_config(args))
+        model = llava_engine.get(args.model, config)
+        picture, is_url = _picture(args.picture, config.max_image_bytes)
         ask: Callable[..., Any] = model.describe_url if is_url else model.describe_image
         stream = ask(picture, args.query, **given)
     except (TypeError, ValueError) as error:
@@ -50,6 +51,26 @@ def describe(args: argparse.Namespace) -> None:
         "where": found,
     }
     print(json.dumps(answer, ensure_ascii=False))
+
+
+def _picture(given: str | None, most: int) -> tuple[str | bytes, bool]:
+    """What to ask about, and whether it is a URL. Of standard input no more than `most` bytes are
+    wanted. Raises BadInput."""
+    from llava_engine.demo import picture_path
+
+    if given is None:
+        return str(picture_path()), False
+    if given == "-":
+        if sys.stdin is None:
+            raise BadInput("standard input is closed")
+        try:
+            return sys.stdin.buffer.read(most + 1), False  # one more, for the engine to refuse
+        except OSError as error:
+            raise BadInput(f"standard input: {error.strerror}") from error
+    scheme = _SCHEME.match(given)
+    if scheme is not None and scheme[1].lower() not in ("http", "https"):
+        raise BadInput(f"only http and https URLs are taken, not {scheme[0]}")
+    return given, scheme is not None
 
 
 def engine_config(args: argparse.Namespace) -> llava_engine.EngineConfig:

@@ -34,11 +34,47 @@ def test_a_url_is_fetched(answer, url):
     assert model.calls[0][:2] == ("url", url)
 
 
-@pytest.mark.parametrize("path", ["http", "https:/x.png", "file:///x.png", "a http://b"])
+@pytest.mark.parametrize("path", ["http", "https:/x.png", "./ftp://x.png", "a http://b", "-x"])
 def test_what_only_looks_like_a_url_is_a_file(answer, path):
     model = answer("x")
-    assert cli.main(["describe", path]) == 0
+    assert cli.main(["describe", "--", path]) == 0
     assert model.calls[0][:2] == ("image", path)
+
+
+@pytest.mark.parametrize("url", ["ftp://h/x.png", "FILE:///x.png", "git+ssh://h/x"])
+def test_other_urls_are_refused_as_such(answer, capsys, url):
+    model = answer("x")
+    assert cli.main(["describe", url]) == 3
+    assert model.calls == []
+    assert "only http and https" in capsys.readouterr().err
+
+
+def stdin(monkeypatch, data: bytes) -> io.BytesIO:
+    file = io.BytesIO(data)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+    return file
+
+
+def test_a_dash_is_standard_input(answer, monkeypatch):
+    model = answer("x")
+    stdin(monkeypatch, b"a\xff picture")
+    assert cli.main(["describe", "-"]) == 0
+    assert model.calls[0][:2] == ("image", b"a\xff picture")
+
+
+def test_no_more_of_standard_input_is_read_than_a_picture_may_have(answer, monkeypatch):
+    monkeypatch.setenv("LLAVA_ENGINE_MAX_IMAGE_BYTES", "1000")
+    model = answer("x")
+    file = stdin(monkeypatch, bytes(100_000))
+    assert cli.main(["describe", "-"]) == 0
+    assert len(model.calls[0][1]) == 1001 and file.tell() < 100_000
+
+
+def test_no_standard_input(answer, monkeypatch, capsys):
+    answer("x")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli.main(["describe", "-"]) == 3
+    assert capsys.readouterr().err == "llava-engine: standard input is closed\n"
 
 
 def test_defaults(answer):
@@ -51,7 +87,8 @@ def test_defaults(answer):
 
 def test_options_reach_the_model(answer):
     model = answer("x")
-    options = "--max-new-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 3 --seed 7 --timeout 2.5"
+    options = "--max-new-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 3 --seed 7 --timeout 2.5 "
+    options += "--stop star --stop ."
     arguments = [
         "describe",
         "a.png",
@@ -69,6 +106,7 @@ def test_options_reach_the_model(answer):
         "top_p": 0.9,
         "top_k": 3,
         "seed": 7,
+        "stop": ["star", "."],
         "timeout": 2.5,
     }
     assert (model.got[1].device, model.got[1].dtype) == ("cpu", "float32")
@@ -146,6 +184,13 @@ def test_the_bundled_picture_is_described_for_real(described):
     assert described["finish_reason"] == "stop"
     assert 0 < described["usage"]["image_tokens"] < described["usage"]["prompt_tokens"]
     assert described["timings"]["total"] >= described["timings"]["first_token"] > 0
+
+
+def test_a_picture_is_piped_in_and_the_answer_stopped(described):
+    first, second, *_ = described["text"].split()
+    with demo.picture_path().open("rb") as picture:
+        done = run("describe", "-", "--stop", "no such word", "--stop", second, stdin=picture)
+    assert (done.returncode, done.stdout.strip()) == (0, first)
 
 
 def test_the_real_answer_is_that_of_transformers():

@@ -108,12 +108,15 @@ def test_help_documents_every_exit_code(capsys):
         codes = text.partition("exit codes:")[2].split("\n")
         shown = [int(line.split()[0]) for line in codes if line.strip()]
         names = (cli.OK, cli.USAGE, cli.BAD_INPUT, cli.MODEL, cli.POOL)
-        assert shown == [*names, cli.INTERNAL, cli.INTERRUPTED]
+        assert shown == [*names, cli.INTERNAL, cli.OUTPUT, cli.INTERRUPTED]
 
 
 MISTAKES = [
     (["describe", "nowhere.png"], 3),
     (["describe", __file__], 3),
+    (["describe", "ftp://h/x"], 3),
+    (["bench", "--seed", "-1"], 3),
+    (["bench", "--report", "."], 3),
     (["describe", "http://127.0.0.1:9/x.png"], 3),
     (["describe", "--model", "llava-tinny"], 4),
     (["describe", "--model", "."], 4),
@@ -163,3 +166,36 @@ def test_a_reader_that_leaves_is_no_error():
     )
     assert done.stdout == "0\n"
     assert done.stderr == ""
+
+
+def shell(line: str) -> tuple[int, str, str]:
+    """The exit code of the command with what a shell does around it, its output and its errors."""
+    done = subprocess.run(
+        f"{' '.join(COMMAND)} {line}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command", ["models", "models --json", "describe --max-new-tokens 2"])
+def test_output_that_cannot_be_written(command):
+    assert shell(f"{command} >/dev/full") == (74, "", "llava-engine: No space left on device\n")
+    assert shell(f"{command} >&-") == (74, "", "llava-engine: standard output is closed\n")
+
+
+def test_errors_that_cannot_be_written_are_no_output():
+    for line in ("describe nowhere.png 2>&-", "describe nowhere.png 2>/dev/full"):
+        assert shell(line) == (3, "", "")
+    code, out, _ = shell("describe --max-new-tokens 2 2>&-")
+    assert code == 0 and "llava-engine" not in out
+
+
+def test_a_report_that_cannot_be_written_costs_no_figures(capsys):
+    options = "--requests 1 --new-tokens 1 --device cpu --json --report /dev/full"
+    assert cli.main(["bench", *options.split()]) == cli.OUTPUT
+    out, err = capsys.readouterr()
+    assert json.loads(out)["runs"] and err == "llava-engine: No space left on device\n"
