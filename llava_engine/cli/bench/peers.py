@@ -57,7 +57,9 @@ class Transformers:
         version("transformers")
         import torch
         from transformers import AutoProcessor, LlavaForConditionalGeneration
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # it would be shown even where stderr is no terminal
         self._setting = setting
         place = {"revision": setting.revision} if setting.revision else {}
         # The picture goes through Pillow, as in the engine: the pixels are the same.

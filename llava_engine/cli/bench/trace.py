@@ -5,6 +5,7 @@ the requests with their stages and chunks. Open it in chrome://tracing or ui.per
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,10 @@ def trace(path: Path, run: Callable[[], Sequence[Record]]) -> None:
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
+    else:
+        # Kineto says on stderr when it starts and stops, at a level above that of its errors, which
+        # are of GPUs: only without one may all be silenced.
+        os.putenv("KINETO_LOG_LEVEL", "6")
     everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
     with profile(activities=activities, experimental_config=everywhere) as profiler:
         before = clock()

@@ -22,6 +22,7 @@ class Ran:
     """What a run left behind."""
 
     record: dict[str, Any]
+    errors: str
     report: Path
     trace: Path
 
@@ -46,4 +47,4 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     options += f"--ops {RESULTS / 'kernels.json'}"
     done = command(*options.split())
     assert done.returncode == 0, done.stderr
-    return Ran(json.loads(done.stdout), page, trace)
+    return Ran(json.loads(done.stdout), done.stderr, page, trace)

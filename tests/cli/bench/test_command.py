@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.bench_command import command
 
@@ -62,6 +63,14 @@ def test_peers_are_asked_the_same_or_said_to_be_missing(ran):
     if importlib.util.find_spec("vllm") is None:
         assert found["vLLM"]["missing"] == "vllm is not installed"
         assert "runs" not in found["vLLM"]
+
+
+def test_others_print_nothing(ran):
+    """Neither the profiler, whose errors on GPUs are worth its other lines, nor transformers."""
+    lines = ran.errors.splitlines()
+    if torch.cuda.is_available():
+        lines = [line for line in lines if not line.startswith("USDT:")]
+    assert lines == []
 
 
 def test_for_people(tmp_path):

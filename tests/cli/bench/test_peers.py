@@ -166,6 +166,13 @@ def test_a_missing_engine_is_said_to_be(setting, answers, monkeypatch):
     assert not any(comparison.agree(peer) for peer in found)
 
 
+def test_no_judge_is_loaded_where_there_is_nothing_to_judge(setting, answers, monkeypatch):
+    monkeypatch.setattr(peers, "Transformers", None)
+    plan = comparison.Plan({1: [0, 1]}, NEW_TOKENS, answers)
+    (vllm,) = comparison.measure_peers(["vllm"], setting, plan)  # which takes no CPU
+    assert vllm["missing"] and "outputs" not in vllm
+
+
 def test_a_peer_that_fails_is_said_to(setting, answers, monkeypatch):
     def broken(*ignored: object, **more: object) -> None:
         raise RuntimeError("out of luck\nand more lines")
