@@ -194,6 +194,9 @@ def _model(args: argparse.Namespace, stack: ExitStack) -> tuple[llava_engine.Vis
             config = dataclasses.replace(config, kv_cache_mb=args.kv_cache_mb)
         except ValueError as error:
             raise BadInput(str(error)) from error
+    width, height = args.image_size or (0, 0)
+    if width * height > config.max_image_pixels:
+        raise BadInput(f"--image-size: {config.max_image_pixels} pixels are allowed")
     model = llava_engine.get(args.model, config)
     if not args.random_weights:
         return model, 0.0

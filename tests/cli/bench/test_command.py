@@ -143,6 +143,7 @@ def test_no_requests_is_the_cold_start_alone():
         (["--ops", "nowhere.json"], "nowhere.json"),
         (["--report", "nowhere/page.html"], "nowhere"),
         (["--trace", "nowhere/trace.json"], "nowhere"),
+        (["--image-size", "1000000x1000000"], "--image-size"),
         (["--trace", "."], "folder"),
         (["--seed", "-1"], "--seed"),
         (["--seed", str(2**63)], "--seed"),
