@@ -9,16 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from types import TracebackType
 from typing import Protocol, Self
 
-from llava_engine.errors import LlavaError, RequestCancelled, RequestTimeout
+from llava_engine.errors import LlavaError, PoolError, RequestCancelled, RequestTimeout
 from llava_engine.text.stop import StopFinder
 from llava_engine.types import Chunk, FinishReason, Timings, Usage
+
+
+def other_process(what: str) -> PoolError:
+    """What is raised for a pool or a stream of the process that this one was forked from."""
+    error = PoolError(
+        f"This {what} belongs to the process that this one was forked from: its threads are not "
+        "here. Use llava_engine in one of the two only, or start processes with the spawn method."
+    )
+    error.retryable = False
+    return error
 
 
 class Detokenizer(Protocol):
@@ -48,6 +60,7 @@ class Channel:
         self.started = False
         self.produced = 0
         self._on_end = on_end
+        self._pid = os.getpid()
         self._born = time.monotonic()
         # The default RLock lets a garbage-collected stream cancel from within any of these calls.
         self._changed = threading.Condition()
@@ -159,6 +172,8 @@ class Channel:
         return True
 
     def _end(self, reason: FinishReason, error: LlavaError | None, abort: bool = False) -> None:
+        if os.getpid() != self._pid:
+            return  # no thread of a forked child works on it, and the lock may be held for ever
         with self._changed:
             if self._reason is not None:
                 return
@@ -178,8 +193,16 @@ class Channel:
         for waiter in waiters:
             waiter()
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise other_process("stream")
+
     def take(self) -> tuple[list[int], FinishReason | None, LlavaError | None]:
-        """The tokens that arrived since the last call, and how the stream ended if it has."""
+        """The tokens that arrived since the last call, and how the stream ended if it has.
+
+        Raises PoolError in a forked child, as do `wait` and `wait_async`.
+        """
+        self._check_process()
         self.overdue()
         with self._changed:
             tokens = list(self._tokens)
@@ -198,11 +221,13 @@ class Channel:
 
     def wait(self) -> None:
         """Block until there is something to take, or the deadline has passed."""
+        self._check_process()
         with self._changed:
             self._changed.wait_for(self._news, self._patience())
 
     async def wait_async(self) -> None:
         """`wait` for a coroutine: the event loop runs on."""
+        self._check_process()
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
 
@@ -254,6 +279,8 @@ class ChunkStream:
     others run as if it were not there, whoever is read first; it goes on as soon as it is read.
     One that is never read stays paused until its timeout, if it has any, or until it is closed; it
     counts among the PoolConfig.max_queue requests that may wait before new ones are refused.
+
+    A forked child cannot read its parent's streams: what it has not read raises PoolError there.
     """
 
     def __init__(self, channel: Channel) -> None:
@@ -264,6 +291,7 @@ class ChunkStream:
         self._pending_ids: list[int] = []
         self._finish_reason: FinishReason | None = None
         self._error: LlavaError | None = None
+        self._raised_at: TracebackType | None = None
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -291,7 +319,7 @@ class ChunkStream:
             if chunk is not None:
                 return chunk
             if self._finish_reason is not None:
-                raise self._error or StopIteration
+                raise self._failure() or StopIteration
             self._channel.wait()
 
     def __aiter__(self) -> Self:
@@ -303,7 +331,7 @@ class ChunkStream:
             if chunk is not None:
                 return chunk
             if self._finish_reason is not None:
-                raise self._error or StopAsyncIteration
+                raise self._failure() or StopAsyncIteration
             await self._channel.wait_async()
 
     def text(self) -> str:
@@ -379,12 +407,18 @@ class ChunkStream:
         elif reason is not None:
             self._finish_reason = reason
             self._error = error
+            self._raised_at = error.__traceback__ if error is not None else None
         if not text:
             return None
         chunk = Chunk(text, self._pending_ids)
         self._pending_ids.clear()
         self._parts.append(chunk)
         return chunk
+
+    def _failure(self) -> LlavaError | None:
+        """The stream's error. Its traceback, to which each raise adds, is again what it was when it
+        arrived here."""
+        return None if self._error is None else self._error.with_traceback(self._raised_at)
 
     def _whole_text(self) -> str:
         if self._finish_reason is FinishReason.CANCELLED:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
 import sys
+import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 import pytest
@@ -159,6 +162,70 @@ def test_errors_come_after_the_tokens_before_them_and_again_when_asked_again() -
     with pytest.raises(ImageDecodeError):
         stream.text()
     assert stream.finish_reason is FinishReason.ERROR
+
+
+def test_a_stored_errors_traceback_does_not_grow() -> None:
+    end = channel()
+    stream = ChunkStream(end)
+    try:
+        raise ImageDecodeError("broken") from ValueError("why")
+    except ImageDecodeError as error:
+        end.fail(error)
+    lengths = []
+    for _ in range(3):
+        with pytest.raises(ImageDecodeError) as raised:
+            stream.text()
+        lengths.append(len(traceback.extract_tb(raised.value.__traceback__)))
+        assert isinstance(raised.value.__cause__, ValueError)
+        with pytest.raises(ImageDecodeError):
+            asyncio.run(stream.atext())
+    assert len(set(lengths)) == 1
+    frames = traceback.extract_tb(raised.value.__traceback__)
+    assert any("from ValueError" in (frame.line or "") for frame in frames)  # where it began
+
+
+def test_a_forked_child_is_told_and_neither_hangs_nor_ends_its_parents_stream() -> None:
+    """The child's copy of the lock is held by a thread that it does not have."""
+    code = """
+        import asyncio, os, signal, threading
+        from llava_engine.errors import PoolError
+        from llava_engine.stream import Channel, ChunkStream
+        end = Channel(on_end=lambda _: print("ended"))
+        stream = ChunkStream(end)
+        held, forked = threading.Event(), threading.Event()
+
+        def hold():
+            with end._changed:
+                held.set()
+                forked.wait()
+
+        threading.Thread(target=hold).start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            for use in (
+                lambda: next(stream),
+                stream.text,
+                lambda: asyncio.run(stream.atext()),
+                end.wait,
+                lambda: asyncio.run(end.wait_async()),
+            ):
+                try:
+                    use()
+                except PoolError as error:
+                    print("This stream" in str(error), error.retryable, flush=True)
+            stream.close()
+            del stream
+            os._exit(3)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), end.reason, flush=True)
+        forked.set()
+        stream.close()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines() == ["True False"] * 5 + ["3 None", "ended"], done.stderr
 
 
 def test_only_the_first_end_counts() -> None:

@@ -27,7 +27,7 @@ from llava_engine.pool.sizing import MemoryProbe, Need, SystemProbe
 from llava_engine.pool.spawn import Spawn
 from llava_engine.pool.state import PoolState, shutting_down
 from llava_engine.pool.worker import Loader
-from llava_engine.stream import Channel, ChunkStream
+from llava_engine.stream import Channel, ChunkStream, other_process
 from llava_engine.text.prompt import check_query
 from llava_engine.types import ImageInput, SamplingParams
 
@@ -272,7 +272,7 @@ class WorkerPool:
         """Queue the request with a worker or for a spawn; or say why not."""
         state, key = self._state, request.registry_key
         if os.getpid() != state.pid:
-            return _other_process()
+            return other_process("pool")
         spawn = None
         with state.lock:
             state.settle()
@@ -313,16 +313,7 @@ class WorkerPool:
 
     def _check_process(self) -> None:
         if os.getpid() != self._state.pid:
-            raise _other_process()
-
-
-def _other_process() -> PoolError:
-    error = PoolError(
-        "This pool belongs to the process that this one was forked from: its threads are not here. "
-        "Use llava_engine in one of the two only, or start processes with the spawn method."
-    )
-    error.retryable = False
-    return error
+            raise other_process("pool")
 
 
 def _check_options(timeout: object, priority: object, cache_salt: object) -> None:

@@ -318,6 +318,8 @@ def test_a_forked_child_gets_an_error_and_not_a_hang() -> None:
                 pool.health,
                 pool.total_memory_mb,
                 lambda: pool.has_workers("llava-tiny"),
+                held.text,
+                lambda: next(held),
             ):
                 try:
                     use()
@@ -330,7 +332,7 @@ def test_a_forked_child_gets_an_error_and_not_a_hang() -> None:
     """
     done, _ = run(code, 60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["True False"] * 5 + ["3", "True"]
+    assert done.stdout.splitlines() == ["True False"] * 7 + ["3", "True"]
 
 
 def test_asking_imports_no_torch_in_the_callers_thread() -> None:
