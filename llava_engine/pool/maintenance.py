@@ -1,4 +1,5 @@
-"""What happens without a request asking for it: idling, eviction, replacement, growth, deadlines.
+"""What happens without a request asking for it: idling, eviction, replacement, growth, deadlines,
+threads that are blocked.
 
 `tick` is one round, at whatever time the pool's clock says; the thread only calls it.
 """
@@ -14,7 +15,7 @@ from llava_engine.pool.life import Life
 from llava_engine.pool.model import Model
 from llava_engine.pool.spawn import Spawn
 from llava_engine.pool.state import PoolState
-from llava_engine.pool.worker import WorkerState
+from llava_engine.pool.worker import Worker, WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def _run(state: PoolState, life: Life) -> None:
 def tick(state: PoolState, life: Life) -> None:
     """One round over all models."""
     spawns: list[Spawn | None] = []
+    workers: list[Worker] = []
     with state.lock:
         state.settle()
         now = time.monotonic()
@@ -67,11 +69,14 @@ def tick(state: PoolState, life: Life) -> None:
             for model in state.models.values():
                 _evict_idle(state, model)
                 spawns.append(_respawn(state, life, model))
+                workers += model.live_workers
     for channel in overdue:
         channel.expire()
     for spawn in spawns:
         if spawn is not None:
             spawn.start()
+    for worker in workers:
+        worker.relieve()
 
 
 def _evict_idle(state: PoolState, model: Model) -> None:

@@ -93,9 +93,15 @@ class Metrics:
         paused = GaugeMetricFamily(
             "llava_engine_paused", "Requests that wait for their readers.", labels=["model"]
         )
+        blocked = GaugeMetricFamily(
+            "llava_engine_blocked_threads",
+            "Threads held by pictures of requests that have ended.",
+            labels=["model"],
+        )
         for key, model in health["models"].items():
             queue.add_metric([key], model["queue_depth"])
             paused.add_metric([key], model["paused"])
+            blocked.add_metric([key], sum(worker["blocked"] for worker in model["workers"]))
             states = [worker["state"] for worker in model["workers"]]
             for state in _STATES:
                 workers.add_metric([key, state], states.count(state))
@@ -105,7 +111,7 @@ class Metrics:
         for name, device in health["devices"].items():
             for kind in ("used", "limit", "free", "total"):
                 memory.add_metric([name, kind], device[f"{kind}_mb"] * (1 << 20))
-        yield from (workers, queue, paused, memory)
+        yield from (workers, queue, paused, blocked, memory)
 
     def close(self) -> None:
         """Take everything out of the registry."""

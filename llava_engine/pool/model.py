@@ -155,6 +155,7 @@ class Model:
                     "state": str(worker.state),
                     "device": worker.device,
                     "requests": worker.active,
+                    "blocked": worker.blocked,
                 }
                 for worker in self.workers
             ],

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava_engine.errors import (
+    ImageDecodeError,
     LlavaError,
     MemoryExhausted,
     ModelError,
@@ -73,13 +74,17 @@ class Request:
         return isinstance(self.channel.error, RequestFailed | ModelError)
 
 
-def as_llava_error(error: Exception) -> LlavaError:
+def as_llava_error(error: BaseException) -> LlavaError:
     """What a request raises for an exception of its preparation."""
     if isinstance(error, LlavaError):
         return error
     wrapped: LlavaError
     if isinstance(error, MemoryError):
         wrapped = MemoryExhausted("Memory ran out while this request was prepared.")
+    elif not isinstance(error, Exception):
+        # SystemExit and the like, which nothing raises here but the caller's own picture.
+        kind = type(error).__name__
+        wrapped = ImageDecodeError(f"reading the picture raised {kind}")
     else:
         wrapped = RequestFailed(f"The request could not be prepared: {type(error).__name__}.")
     wrapped.__cause__ = error

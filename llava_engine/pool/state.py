@@ -8,6 +8,7 @@ stream's end only puts its request on `ended`, which needs no lock.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import threading
@@ -23,6 +24,8 @@ from llava_engine.pool.model import Model, ModelSpec
 from llava_engine.pool.request import Request
 from llava_engine.pool.sizing import Ledger, MemoryProbe
 from llava_engine.pool.worker import WorkerState
+
+logger = logging.getLogger(__name__)
 
 
 class PoolState:
@@ -109,7 +112,10 @@ class PoolState:
         times = stages(request.channel)
         model.outcomes[request.outcome] += 1
         for metrics in self.metrics:
-            metrics.observe(request, times)
+            try:
+                metrics.observe(request, times)
+            except Exception:  # prometheus_client may write files; no request is to hang for that
+                logger.exception("Metrics failed; a request is not counted.")
         if request not in model.live:
             return  # it was refused
         del model.live[request]

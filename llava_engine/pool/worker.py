@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import logging
 import threading
 import time
 import traceback
@@ -20,6 +21,8 @@ from llava_engine.errors import ShuttingDown
 from llava_engine.image.budget import Body
 from llava_engine.pool.crew import Crew
 from llava_engine.pool.request import Request, as_llava_error
+
+logger = logging.getLogger(__name__)
 
 _FETCHES_PER_THREAD = 4  # a fetch mostly waits, so more of them run at once
 _JOIN_S = 2.0
@@ -153,6 +156,23 @@ class Worker:
         """End the thread as if `cause` had been raised in it. Takes no lock."""
         self._mailbox.put(cause)
 
+    @property
+    def blocked(self) -> int:
+        """Threads of it that requests which have ended do not let go: a picture's file object whose
+        read() does not return, say. Others work in their place; see Crew."""
+        return self._preparers.blocked
+
+    def relieve(self) -> None:
+        """Put threads in the place of those that are blocked; to be called now and then."""
+        before, now = self._preparers.blocked, self._preparers.relieve()
+        if now > before:
+            logger.warning(
+                "%d threads of worker %s are held by pictures of requests that have ended: their "
+                "read() does not return.",
+                now,
+                self.name,
+            )
+
     def run(self, owner: Owner) -> None:
         """The thread: load the model, or join it where it is, and serve until `stop` or `fail`."""
         cause: BaseException | None = None
@@ -202,9 +222,10 @@ class Worker:
         if not _wanted(request):
             return  # and its picture is gone already, which is not to look like a URL's
         if request.url is not None and request.image is None:
-            self._fetchers.put(lambda: self._attempt(request, self._fetch))
+            crew, stage = self._fetchers, self._fetch
         else:
-            self._preparers.put(lambda: self._attempt(request, self._prepare))
+            crew, stage = self._preparers, self._prepare
+        crew.put(lambda: self._attempt(request, stage), lambda: request.channel.cancelled)
 
     def _attempt(self, request: Request, stage: Callable[[Backend, Request], None]) -> None:
         request.channel.stamp("queued")
@@ -213,7 +234,7 @@ class Worker:
             return
         try:
             stage(backend, request)
-        except Exception as error:
+        except BaseException as error:  # noqa: BLE001  a caller's file object may raise SystemExit
             # A deadline that passed on the way is the reason, whatever came of it.
             if _wanted(request):
                 request.channel.fail(as_llava_error(error))

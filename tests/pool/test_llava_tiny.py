@@ -26,6 +26,7 @@ from llava_engine import (
     BlockedAddress,
     EngineConfig,
     FetchTimeout,
+    ImageDecodeError,
     InvalidQuery,
     PoolConfig,
     PromptTooLong,
@@ -111,6 +112,16 @@ def test_queries_are_judged_before_a_fetch_and_ask_for_none(tiny: VisionModel) -
         for query in (QUERY, "is it? " * 200):  # the second has more bytes than tokens may be
             tiny.describe_url(url, query, max_new_tokens=2).text()
         assert server.connections == 1
+
+
+def test_a_file_object_that_raises_what_it_should_not(tiny: VisionModel) -> None:
+    class Bad:
+        def read(self, size: int = -1) -> bytes:
+            raise SystemExit
+
+    for _ in range(9):  # more than the threads that read pictures
+        with pytest.raises(ImageDecodeError):
+            tiny.describe_image(Bad(), "x", timeout=20).text()
 
 
 def test_downloads_of_all_models_share_one_budget() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 import time
@@ -238,6 +239,57 @@ def test_a_failed_preparation_fails_its_request_alone(raised: Exception, seen: t
         error = error_of(bad)
         assert type(error) is seen and (error is raised or error.__cause__ is raised)
         assert good.text() == "7"
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+def test_what_no_library_raises_costs_its_request_and_no_thread(kind: type[BaseException]) -> None:
+    """A caller's file object may raise anything in a thread of the pool."""
+    model = FakeModel()
+    with warm(model, max_workers=1, prepare_threads=1) as pool:
+        model.backend.error = lambda request: kind() if request.query == "bad" else None
+        for _ in range(3):
+            error = error_of(pool.describe_image("fake", PICTURE, "bad", timeout=20))
+            assert type(error) is ImageDecodeError and isinstance(error.__cause__, kind)
+        assert ask(pool, timeout=20).text() == "7"
+        wait_for(pool, lambda: not model_of(pool).live)
+        assert model_of(pool).breaker.state == "closed"
+
+
+def test_a_picture_that_blocks_for_ever_holds_up_no_others() -> None:
+    gate, began = threading.Event(), threading.Semaphore(0)
+
+    def block(request: Request) -> None:
+        if request.query == "blocks":
+            began.release()
+            gate.wait(60)
+
+    model = FakeModel()
+    with warm(model, max_workers=1, prepare_threads=2) as pool:
+        registry = prometheus_client.CollectorRegistry()
+        pool.attach_metrics(registry)
+        model.backend.error = block
+        for _ in range(3):
+            blocked = [pool.describe_image("fake", PICTURE, "blocks") for _ in range(2)]
+            for stream in blocked:
+                assert began.acquire(timeout=20)
+                stream.cancel()
+            pool.maintain()
+            pool.maintain()
+        (worker,) = pool.health()["models"]["fake"]["workers"]
+        assert worker["blocked"] == 6
+        assert registry.get_sample_value("llava_engine_blocked_threads", {"model": "fake"}) == 6
+        assert ask(pool, timeout=20).text() == "7"
+        gate.set()
+
+
+def test_metrics_that_fail_cost_no_request_anything(caplog: pytest.LogCaptureFixture) -> None:
+    model = FakeModel()
+    with warm(model) as pool:
+        pool.attach_metrics(prometheus_client.CollectorRegistry())
+        pool._state.metrics[0].observe = lambda request, times: 1 / 0
+        assert ask(pool).text() == "7"
+        wait_for(pool, lambda: not model_of(pool).live)
+        assert "Metrics failed" in caplog.text
 
 
 def test_bad_pictures_do_not_open_the_circuit_but_model_failures_do() -> None:

@@ -66,7 +66,7 @@ class FakeBackend:
         self.workers: list[str] = []
         self.held: list[tuple[Request, str]] = []
         self.arrived = threading.Semaphore(0)
-        self.error: Callable[[Request], Exception | None] = lambda request: None
+        self.error: Callable[[Request], BaseException | None] = lambda request: None
         self.fetch_gate = threading.Event()
         self.fetch_gate.set()
         self.fetching = threading.Semaphore(0)
