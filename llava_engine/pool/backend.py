@@ -18,8 +18,10 @@ import torch
 from llava_engine.config import EngineConfig
 from llava_engine.errors import (
     KernelsNotBuilt,
+    LlavaError,
     MemoryExhausted,
     ModelError,
+    SpawnFailed,
     UnsupportedModel,
     WorkerDied,
 )
@@ -30,7 +32,7 @@ from llava_engine.image.preprocess import ImageProcessorConfig
 from llava_engine.kernels.library import references, require_kernels
 from llava_engine.network.attention import require_attention
 from llava_engine.network.weights import load_model
-from llava_engine.pool.request import Request
+from llava_engine.pool.request import Request, in_short
 from llava_engine.pool.sizing import HOST, DeviceMemory, kv_share_mb
 from llava_engine.pool.stages import Stages
 from llava_engine.quant.fp8 import require_fp8
@@ -293,13 +295,24 @@ def load_worker_model(
     """Find the checkpoint, downloading it if need be, and load it onto `device`.
 
     progress: called as in network.weights. stages: told how long it all takes. Raises ModelError,
-    MemoryExhausted or DeviceLost.
+    MemoryExhausted or DeviceLost, and SpawnFailed for what `progress` raises.
     """
+
+    def told(stage: str, done: int, total: int) -> None:
+        try:
+            progress(stage, done, total)
+        except LlavaError:
+            raise
+        except BaseException as error:
+            failed = SpawnFailed(f"the progress callback raised {in_short(error)}")
+            failed.retryable = False  # it is the caller's, and will raise again
+            raise failed from error
+
     kv_mb = kv_share_mb(info, config, device)
     with stages("checkpoint"):
         directory = resolve(info)
     with _telling_loss(torch.device(device)):
-        return ModelBackend(directory, info, config, device, kv_mb, progress, stages)
+        return ModelBackend(directory, info, config, device, kv_mb, told, stages)
 
 
 def _dtype(config: EngineConfig, device: str) -> torch.dtype:

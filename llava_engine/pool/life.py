@@ -120,7 +120,7 @@ class Life:
         with state.lock:
             state.settle()
             model = state.models[worker.registry_key]
-            died = worker.state in LIVE and cause is not None and not state.closing
+            died = worker.state in LIVE and cause is not None and not state.ending
             unloaded = worker.state in (WorkerState.SPAWNING, WorkerState.LOADING)
             if unloaded or (isinstance(cause, DeviceLost) and worker.state not in ENDED):
                 worker.become(WorkerState.FAILED)
@@ -142,7 +142,7 @@ class Life:
             assert cause is not None
             other.fail(cause)
         for request in lost:
-            request.channel.abort(shutting_down() if state.closing else _died(worker, cause))
+            request.channel.abort(shutting_down() if state.ending else _died(worker, cause))
         if site is not None:
             self._leave(site, worker)
         with state.lock:

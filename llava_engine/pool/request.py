@@ -22,6 +22,8 @@ from llava_engine.types import FinishReason, SamplingParams
 if TYPE_CHECKING:
     from llava_engine.pool.worker import Worker
 
+_LONGEST_TEXT = 200  # characters of an error's that are quoted
+
 
 @dataclass(eq=False, slots=True)
 class Request:
@@ -89,3 +91,18 @@ def as_llava_error(error: BaseException) -> LlavaError:
         wrapped = RequestFailed(f"The request could not be prepared: {type(error).__name__}.")
     wrapped.__cause__ = error
     return wrapped
+
+
+def in_short(error: BaseException) -> str:
+    """What an error says, for the text of another: one line of a bounded length, and no path that
+    the operating system put there."""
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        said = error.strerror
+    line = next(iter(said.strip().splitlines()), "")
+    if len(line) > _LONGEST_TEXT:
+        line = f"{line[:_LONGEST_TEXT]}..."
+    if isinstance(error, LlavaError) and line:
+        return line
+    kind = type(error).__name__
+    return f"{kind}: {line}" if line else kind

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from llava_engine.errors import (
     SpawnFailed,
 )
 from llava_engine.pool.model import Model
+from llava_engine.pool.request import in_short
 from llava_engine.pool.sizing import DeviceMemory, Placement, plan_workers
 from llava_engine.pool.state import PoolState, shutting_down
 from llava_engine.pool.worker import Worker, WorkerState
@@ -69,6 +71,8 @@ class Spawn:
         self._end(error)
 
     def _end(self, error: LlavaError | None) -> None:
+        if error is not None and self._state.ending:
+            error = shutting_down(error)  # whatever it was
         grow = not self._evict
         self._life.spawn_ended(self._model, error, lambda: _copy(error, self._key), grow=grow)
         if error is None:
@@ -91,6 +95,15 @@ class Spawn:
 
     def _spawn_workers(self) -> None:
         reserved = self._reserve()
+        try:
+            self._load(reserved)
+        except BaseException:
+            for worker in reserved:
+                self._abandon(worker)
+            raise
+
+    def _load(self, reserved: list[Worker]) -> None:
+        """Bring up all workers that can be; raises if there is none."""
         with self._state.lock:
             first = {site.device for site in self._model.sites.values() if not site.dead}
         together: list[Worker] = []
@@ -102,12 +115,12 @@ class Spawn:
                 first.add(worker.device)
         up, error = self._bring_up(together)
         more, second = self._bring_up(after) if error is None or up else (0, None)
-        for worker in after if error is not None and not up else ():
-            self._abandon(worker)
         failure = error or second
         if failure is not None:
             if not up + more:
                 raise failure
+            if self._state.ending:
+                return
             logger.warning("A worker for %s could not be spawned: %s", self._key, failure)
 
     def _bring_up(self, workers: list[Worker]) -> tuple[int, LlavaError | None]:
@@ -123,8 +136,9 @@ class Spawn:
         up = 0
         failure: LlavaError | None = None
         for worker in workers:
+            left = max(0.0, until - time.monotonic())
             try:
-                error = worker.loaded.exception(max(0.0, until - time.monotonic()))
+                error = worker.loaded.exception(min(left, threading.TIMEOUT_MAX))
             except TimeoutError:
                 failure = self._failed(None)
                 self._abandon(worker)
@@ -258,9 +272,8 @@ class Spawn:
             return SpawnFailed(
                 f"{self._key} did not load within {self._state.config.spawn_timeout:g} s."
             )
-        said = str(cause) if isinstance(cause, LlavaError) else type(cause).__name__
-        error = SpawnFailed(f"{self._key} could not be loaded: {said}")
-        error.__cause__ = cause
+        error = SpawnFailed(f"{self._key} could not be loaded: {in_short(cause)}")
+        error.__cause__ = cause.__cause__ if isinstance(cause, SpawnFailed) else cause
         if isinstance(cause, LlavaError):
             error.retryable = cause.retryable
         return error

@@ -58,6 +58,12 @@ class PoolState:
         self.stopped = False
         self._chance = random.Random()
 
+    @property
+    def ending(self) -> bool:
+        """Whether the pool is closing, or the interpreter, which refuses threads and exit handlers
+        before it lets the pool close. Whatever fails then fails for that."""
+        return self.closing or getattr(threading, "_SHUTTING_DOWN", False)
+
     def start_thread(self, name: str, target: Callable[[], None]) -> None:
         """Start a thread that shutdown will join, unless the pool is closing: then ShuttingDown.
 
@@ -142,6 +148,8 @@ class PoolState:
         return not any(model.live for model in self.models.values())
 
 
-def shutting_down() -> ShuttingDown:
+def shutting_down(cause: BaseException | None = None) -> ShuttingDown:
     """A new error for one stream."""
-    return ShuttingDown("The pool is shut down.")
+    error = ShuttingDown("The pool is shut down.")
+    error.__cause__ = cause
+    return error

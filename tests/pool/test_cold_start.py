@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import threading
 import time
 import weakref
@@ -250,6 +251,64 @@ def test_a_load_that_ends_too_late_is_closed() -> None:
     thread.join(20)
     assert loaded[0].closed and pool.total_memory_mb() == 0 and not pool.has_workers("fake")
     pool.shutdown()
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 1e10])
+def test_a_patience_beyond_what_can_be_waited_for(seconds: float) -> None:
+    gate = threading.Event()
+    model = FakeModel(gate)  # so that the spawn waits
+    with make_pool() as pool:
+        object.__setattr__(pool.config, "spawn_timeout", seconds)  # whatever PoolConfig allows
+        pool.add_model(model.spec())
+        stream = ask(pool)
+        assert model.loading.acquire(timeout=20)
+        assert stream._channel.error is None
+        gate.set()
+        assert stream.text() == "7"
+
+
+def test_what_fails_before_the_load_gives_the_reservation_back() -> None:
+    model = FakeModel()
+    with make_pool() as pool:
+        pool.add_model(model.spec())
+        start = pool._state.start_thread
+
+        def refuse(name: str, target: Callable[[], None]) -> None:
+            if name.startswith("llava-worker"):
+                raise OverflowError("planted")
+            start(name, target)
+
+        pool._state.start_thread = refuse
+        for _ in range(3):
+            with pytest.raises(SpawnFailed, match="OverflowError: planted"):
+                ask(pool).text()
+        assert pool.total_memory_mb() == 0 and not model_of(pool).workers
+        pool._state.start_thread = start
+        assert ask(pool).text() == "7"
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        (
+            RuntimeError("can not allocate\nmore"),
+            "RuntimeError: can not allocate",
+        ),
+        (
+            OSError(28, "No space left on device", "/secret/path"),
+            "OSError: No space left on device",
+        ),
+        (ValueError(), "ValueError"),
+        (RuntimeError("x" * 500), "RuntimeError: " + "x" * 200 + "..."),
+    ],
+)
+def test_a_failed_spawn_says_in_one_line_why(cause: Exception, said: str) -> None:
+    with make_pool() as pool:
+        pool.add_model(FakeModel(cause).spec())
+        error = error_of(ask(pool))
+        assert isinstance(error, SpawnFailed) and error.__cause__ is cause
+        assert f"could not be loaded: {said}" in str(error)
+        assert "\n" not in str(error) and "secret" not in str(error) and len(str(error)) < 300
 
 
 def test_a_deadline_counts_the_cold_start() -> None:

@@ -12,7 +12,7 @@ from support.checkpoints import make_checkpoint
 
 import llava_engine
 from bench.demo_model.scenes import make_scene, render
-from llava_engine import EngineConfig, PoolConfig, WeightsError, WorkerPool
+from llava_engine import EngineConfig, PoolConfig, SpawnFailed, WeightsError, WorkerPool
 
 
 @pytest.mark.parametrize("layout", ["single", "sharded"])
@@ -42,3 +42,16 @@ def test_a_file_that_is_cut_short_while_it_is_read(
         stream = model.describe_image(picture, "What?", max_new_tokens=2, ignore_eos=True)
         stream.text()
         assert stream.usage.completion_tokens == 2
+
+
+def test_a_progress_callback_that_raises_is_named_and_not_to_be_tried_again() -> None:
+    def progress(stage: str, done: int, total: int) -> None:
+        raise ZeroDivisionError("planted")
+
+    with WorkerPool(PoolConfig(max_workers=1)) as pool:
+        config = EngineConfig(device="cpu", kv_cache_mb=16)
+        model = llava_engine.get("llava-tiny", config, pool=pool, progress=progress)
+        with pytest.raises(SpawnFailed, match="the progress callback raised Zero.*: planted") as at:
+            model.describe_image(render(make_scene(77, 0)), "What?").text()
+        assert not at.value.retryable and isinstance(at.value.__cause__, ZeroDivisionError)
+        assert pool.total_memory_mb() == 0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
+import textwrap
 import threading
 
 import prometheus_client
@@ -62,6 +65,50 @@ def test_shutdown_ends_what_does_not_end_by_itself() -> None:
     assert len({id(error) for error in errors}) == 6
     assert not [t for t in threading.enumerate() if t.name.startswith("llava-")]
     assert pool.total_memory_mb() == 0
+
+
+def test_a_load_that_the_interpreters_end_breaks_off_is_told_as_that_and_not_logged() -> None:
+    """Threads and exit handlers are refused before the pool's own exit handler has been called."""
+    code = """
+        import threading
+        import numpy
+        import llava_engine
+        from llava_engine.pool.model import ModelSpec
+        from llava_engine.pool.sizing import Need
+        pool = llava_engine.WorkerPool()
+        loading, ending = threading.Event(), threading.Event()
+
+        def load(device, check):
+            loading.set()
+            ending.wait(20)
+            threading._register_atexit(print)  # what importing concurrent.futures.thread does
+
+        def read(stream):
+            try:
+                stream.text()
+            except llava_engine.LlavaError as error:
+                print(type(error).__name__, repr(error.__cause__))
+
+        need = Need(1, 1)
+        pool.add_model(ModelSpec("fake", load, lambda device: need, lambda gpus, host: [host]))
+        stream = pool.describe_image("fake", numpy.zeros((2, 2, 3), numpy.uint8), "What?")
+        reader = threading.Thread(target=read, args=(stream,))
+        reader.start()
+        loading.wait(20)
+
+        def before_the_pool_is_closed():
+            assert not pool._state.closing
+            ending.set()
+            reader.join(20)
+
+        threading._register_atexit(before_the_pool_is_closed)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr == "" and done.returncode == 0
+    assert done.stdout.startswith("ShuttingDown SpawnFailed("), done.stdout
+    assert "atexit after shutdown" in done.stdout
 
 
 def test_a_pool_that_was_never_used_shuts_down_too() -> None:
