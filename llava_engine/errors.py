@@ -145,7 +145,11 @@ class PoolOverloaded(PoolError):
 
 
 class CircuitOpen(PoolError):
-    """The model failed too often in a row. `retry_after` is in seconds."""
+    """The model failed too often in a row; what it failed with last is attached as the cause.
+
+    `retry_after` is in seconds. `retryable` unless that failure will not go away by itself, such as
+    a broken checkpoint; after `retry_after` the model is tried all the same.
+    """
 
     def __init__(self, message: str, retry_after: float = 60.0) -> None:
         super().__init__(message)

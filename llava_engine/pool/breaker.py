@@ -1,5 +1,7 @@
 """A circuit breaker: after repeated failures of a model, refuse at once instead of trying.
 
+Errors that will not go away by themselves open it, too: a checkpoint that is broken may take a
+minute to be found so each time. What it opened for is kept, for those that are refused to be told.
 Pure state over a clock; knows nothing of models, threads or requests.
 """
 
@@ -7,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
+
+from llava_engine.errors import LlavaError
 
 
 class BreakerState(StrEnum):
@@ -19,7 +23,10 @@ class BreakerState(StrEnum):
 
 class CircuitBreaker:
     """Opens after `failures` in a row, lets trials pass after `reset` seconds, closes after
-    `successes` of them; a failed trial opens it again. Not thread-safe."""
+    `successes` of them; a failed trial opens it again. Not thread-safe.
+
+    cause: the last failure; None once the model has answered again.
+    """
 
     def __init__(
         self, *, failures: int, reset: float, successes: int, clock: Callable[[], float]
@@ -28,6 +35,7 @@ class CircuitBreaker:
         self._reset = reset
         self._successes = successes
         self._clock = clock
+        self.cause: LlavaError | None = None
         self._in_a_row = 0
         self._passed = 0
         self._opened: float | None = None
@@ -48,13 +56,18 @@ class CircuitBreaker:
     def success(self) -> None:
         """A request was answered."""
         self._in_a_row = 0
-        if self._opened is not None and self.state is BreakerState.HALF_OPEN:
+        if self._opened is None:
+            self.cause = None
+        elif self.state is BreakerState.HALF_OPEN:
             self._passed += 1
             if self._passed >= self._successes:
                 self._opened = None
+                self.cause = None
 
-    def failure(self) -> None:
-        """The model failed on a request, or could not be loaded."""
+    def failure(self, cause: LlavaError) -> None:
+        """The model failed on a request, or could not be loaded. `cause` may be kept for long: it
+        should come without a traceback, whose frames hold pictures or weights."""
+        self.cause = cause
         self._in_a_row += 1
         half_open = self.state is BreakerState.HALF_OPEN
         if half_open or (self._opened is None and self._in_a_row >= self._failures):

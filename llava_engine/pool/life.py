@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from llava_engine.errors import DeviceLost, LlavaError, ModelError, SpawnFailed, WorkerDied
 from llava_engine.pool.model import Model, Site
+from llava_engine.pool.request import copy_of, in_short
 from llava_engine.pool.sizing import Placement
 from llava_engine.pool.spawn import Spawn
 from llava_engine.pool.state import PoolState, shutting_down
@@ -57,7 +58,7 @@ class Life:
             else:
                 self._stumble(model)
                 if isinstance(error, SpawnFailed | ModelError):
-                    model.breaker.failure()
+                    model.breaker.failure(copy_of(error))
             waiting = [request for request in model.live if request.worker is None]
             left = [request for request in waiting if not state.assign(model, request)]
             for request in left:
@@ -134,7 +135,7 @@ class Life:
             with_it = self._lose(worker.device) if isinstance(cause, DeviceLost) else []
             lost = [request for request in model.live if request.worker is worker]
             if died:
-                model.breaker.failure()
+                model.breaker.failure(copy_of(_died(worker, cause)))
                 self._stumble(model)
         if died:
             logger.warning("Worker %s died: %r", worker.name, cause)
@@ -185,6 +186,7 @@ def _died(worker: Worker, cause: BaseException | None) -> WorkerDied:
         lost = DeviceLost(str(cause))
         lost.__cause__ = cause.__cause__
         return lost
-    error = WorkerDied(f"Worker {worker.name} died before the request was done.")
+    why = f": {in_short(cause)}" if cause is not None else "."
+    error = WorkerDied(f"Worker {worker.name} died before the request was done{why}")
     error.__cause__ = cause
     return error

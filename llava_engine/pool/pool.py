@@ -14,7 +14,14 @@ from concurrent.futures import Future
 from typing import Any
 
 from llava_engine.config import PoolConfig
-from llava_engine.errors import CircuitOpen, LlavaError, NoWorkers, PoolError, PoolOverloaded
+from llava_engine.errors import (
+    CircuitOpen,
+    LlavaError,
+    NoWorkers,
+    PoolError,
+    PoolOverloaded,
+    RequestError,
+)
 from llava_engine.image.load import check_image
 from llava_engine.image.url import check_url
 from llava_engine.pool import maintenance
@@ -22,7 +29,7 @@ from llava_engine.pool.breaker import BreakerState
 from llava_engine.pool.life import Life
 from llava_engine.pool.metrics import Metrics
 from llava_engine.pool.model import ModelSpec
-from llava_engine.pool.request import Request
+from llava_engine.pool.request import Request, in_short
 from llava_engine.pool.sizing import MemoryProbe, Need, SystemProbe
 from llava_engine.pool.spawn import Spawn
 from llava_engine.pool.state import PoolState, shutting_down
@@ -288,7 +295,7 @@ class WorkerPool:
                 trials = len(model.live) - model.paused
                 wait = 1.0 if trials >= self.config.breaker_successes else 0.0
             if wait:
-                return CircuitOpen(f"{key} failed too often; try again in {wait:.0f} s.", wait)
+                return _circuit_open(key, model.breaker.cause, wait)
             paused = model.paused
             if model.queue_depth + paused >= self.config.max_queue:
                 readers = f", {paused} of them for their readers" if paused else ""
@@ -314,6 +321,17 @@ class WorkerPool:
     def _check_process(self) -> None:
         if os.getpid() != self._state.pid:
             raise other_process("pool")
+
+
+def _circuit_open(key: str, cause: LlavaError | None, wait: float) -> CircuitOpen:
+    """Says what the model failed with, and is as little retryable; but what failed one request
+    alone need not fail this one."""
+    said = f" ({in_short(cause)})" if cause is not None else ""
+    error = CircuitOpen(f"{key} failed too often{said}; it is tried again in {wait:.0f} s.", wait)
+    error.__cause__ = cause
+    if cause is not None and not isinstance(cause, RequestError):
+        error.retryable = cause.retryable
+    return error
 
 
 def _check_options(timeout: object, priority: object, cache_salt: object) -> None:

@@ -106,3 +106,11 @@ def in_short(error: BaseException) -> str:
         return line
     kind = type(error).__name__
     return f"{kind}: {line}" if line else kind
+
+
+def copy_of(error: LlavaError, cause: BaseException | None = None) -> LlavaError:
+    """An error of the same content and another cause, with no traceback."""
+    copy = type(error)(str(error))
+    copy.__cause__ = cause
+    copy.retryable = error.retryable
+    return copy

@@ -22,7 +22,7 @@ from llava_engine.errors import (
     SpawnFailed,
 )
 from llava_engine.pool.model import Model
-from llava_engine.pool.request import in_short
+from llava_engine.pool.request import copy_of, in_short
 from llava_engine.pool.sizing import DeviceMemory, Placement, plan_workers
 from llava_engine.pool.state import PoolState, shutting_down
 from llava_engine.pool.worker import Worker, WorkerState
@@ -283,7 +283,4 @@ def _copy(error: LlavaError | None, registry_key: str) -> LlavaError:
     """An error of the same content for one more stream."""
     if error is None:
         return PoolError(f"The workers of {registry_key} ended as soon as they had begun.")
-    copy = type(error)(str(error))
-    copy.__cause__ = error.__cause__
-    copy.retryable = error.retryable
-    return copy
+    return copy_of(error, error.__cause__)

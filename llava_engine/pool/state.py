@@ -21,7 +21,7 @@ from llava_engine.image.budget import ByteBudget
 from llava_engine.pool.breaker import CircuitBreaker
 from llava_engine.pool.metrics import Metrics, stages
 from llava_engine.pool.model import Model, ModelSpec
-from llava_engine.pool.request import Request
+from llava_engine.pool.request import Request, copy_of
 from llava_engine.pool.sizing import Ledger, MemoryProbe
 from llava_engine.pool.worker import WorkerState
 
@@ -137,8 +137,8 @@ class PoolState:
             model.breaker.success()
             model.setbacks = 0
             model.latencies.append(times)
-        elif request.model_failed:
-            model.breaker.failure()
+        elif request.model_failed and request.channel.error is not None:
+            model.breaker.failure(copy_of(request.channel.error))
         if not model.live:
             self.changed.notify_all()
 

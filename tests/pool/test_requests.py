@@ -28,10 +28,12 @@ from llava_engine.errors import (
     FetchTimeout,
     ImageDecodeError,
     MemoryExhausted,
+    ModelError,
     PoolOverloaded,
     RequestCancelled,
     RequestFailed,
     RequestTimeout,
+    SpawnFailed,
     WorkerDied,
 )
 from llava_engine.image.budget import Body
@@ -345,6 +347,32 @@ def test_a_loader_that_keeps_failing_opens_the_circuit() -> None:
         pool.add_model(FakeModel(*[OSError("x") for _ in range(9)]).spec())
         kinds = [type(error_of(ask(pool))).__name__ for _ in range(7)]
         assert kinds == ["SpawnFailed"] * 5 + ["CircuitOpen"] * 2
+
+
+@pytest.mark.parametrize("retryable", [False, True])
+def test_an_open_circuit_says_what_for_and_is_as_little_retryable(retryable: bool) -> None:
+    kind = SpawnFailed if retryable else ModelError
+    with make_pool() as pool:
+        pool.add_model(FakeModel(*[kind("planted") for _ in range(9)]).spec())
+        errors = [error_of(ask(pool)) for _ in range(7)]
+        assert [type(error) for error in errors] == [kind] * 5 + [CircuitOpen] * 2
+        assert [error.retryable for error in errors] == [retryable] * 7
+        refused = errors[-1]
+        assert "planted" in str(refused) and type(refused.__cause__) is kind
+        assert refused.__cause__.__traceback__ is None
+
+
+def test_an_open_circuit_for_requests_that_failed_is_retryable() -> None:
+    model = FakeModel()
+    with warm(model) as pool:
+        model.backend.error = lambda request: ZeroDivisionError()
+        for _ in range(5):
+            assert isinstance(error_of(ask(pool)), RequestFailed)
+        refused = error_of(ask(pool))
+        assert isinstance(refused, CircuitOpen) and refused.retryable
+        assert isinstance(refused.__cause__, RequestFailed)
+        # Its frames hold a picture; so would those of what was raised below it.
+        assert refused.__cause__.__traceback__ is refused.__cause__.__cause__ is None
 
 
 def test_a_worker_that_dies_ends_its_own_streams_and_is_replaced() -> None:
