@@ -35,8 +35,12 @@ class Metrics:
     """
 
     def __init__(self, health: Callable[[], dict[str, Any]], registry: Any = None) -> None:
-        """Raises PoolError where prometheus_client is not installed, ValueError where `registry`
-        has such metrics already."""
+        """Raises PoolError where prometheus_client is not installed, or `registry` has metrics of
+        these names already; TypeError for what is no registry."""
+        for method in ("register", "unregister"):
+            if registry is not None and not callable(getattr(registry, method, None)):
+                kind = type(registry).__name__
+                raise TypeError(f"registry must be a prometheus CollectorRegistry, not {kind}")
         try:
             import prometheus_client
         except ImportError as error:
@@ -50,12 +54,12 @@ class Metrics:
                 text,
                 ["model"],
                 buckets=_BUCKETS,
-                registry=self._registry,
+                registry=None,
             )
 
         def counter(name: str, text: str, *labels: str) -> Any:
             return prometheus_client.Counter(
-                f"llava_engine_{name}", text, ["model", *labels], registry=self._registry
+                f"llava_engine_{name}", text, ["model", *labels], registry=None
             )
 
         self._histograms = {
@@ -66,7 +70,27 @@ class Metrics:
         }
         self._requests = counter("requests", "Requests by how they ended.", "outcome")
         self._tokens = counter("tokens", "Tokens generated.")
-        self._registry.register(self)
+        self._register()
+
+    def _register(self) -> None:
+        """All of it, or nothing."""
+        done: list[Any] = []
+        try:
+            for collector in self._collectors():
+                self._registry.register(collector)
+                done.append(collector)
+        except ValueError as error:
+            for collector in done:
+                self._registry.unregister(collector)
+            taken = PoolError(
+                "The registry has llava_engine's metrics already, of this pool or another one: "
+                "attach once, and give each pool a prometheus_client.CollectorRegistry of its own."
+            )
+            taken.retryable = False
+            raise taken from error
+
+    def _collectors(self) -> tuple[Any, ...]:
+        return (self, *self._histograms.values(), self._requests, self._tokens)
 
     def observe(self, request: Request, times: dict[str, float]) -> None:
         """Count a request that has ended."""
@@ -115,5 +139,5 @@ class Metrics:
 
     def close(self) -> None:
         """Take everything out of the registry."""
-        for collector in (self, *self._histograms.values(), self._requests, self._tokens):
+        for collector in self._collectors():
             self._registry.unregister(collector)

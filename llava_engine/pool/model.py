@@ -12,8 +12,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from llava_engine.errors import CircuitOpen, RequestError
 from llava_engine.pool.breaker import CircuitBreaker
-from llava_engine.pool.request import Request
+from llava_engine.pool.request import Request, in_short
 from llava_engine.pool.sizing import DeviceMemory, Need
 from llava_engine.pool.stages import Stages
 from llava_engine.pool.worker import LIVE, Backend, Loader, Worker, WorkerState
@@ -143,6 +144,20 @@ class Model:
         totals = sorted(times["total"] for times in self.latencies if "total" in times)
         median = totals[len(totals) // 2] if totals else 1.0
         return min(60.0, max(0.1, median / max(1, self.running)))
+
+    def circuit_open(self, wait: float) -> CircuitOpen:
+        """A new error for one stream, `wait` seconds before the model is tried again.
+
+        It says what the model failed with, and is as little retryable; but what failed one request
+        alone need not fail this one.
+        """
+        cause, key = self.breaker.cause, self.spec.registry_key
+        said = f" ({in_short(cause)})" if cause is not None else ""
+        error = CircuitOpen(f"{key} failed too often{said}; tried again in {wait:.0f} s.", wait)
+        error.__cause__ = cause
+        if cause is not None and not isinstance(cause, RequestError):
+            error.retryable = cause.retryable
+        return error
 
     def health(self) -> dict[str, Any]:
         """A JSON-able record; latencies in seconds."""

@@ -15,12 +15,10 @@ from typing import Any
 
 from llava_engine.config import PoolConfig
 from llava_engine.errors import (
-    CircuitOpen,
     LlavaError,
     NoWorkers,
     PoolError,
     PoolOverloaded,
-    RequestError,
 )
 from llava_engine.image.load import check_image
 from llava_engine.image.url import check_url
@@ -29,7 +27,7 @@ from llava_engine.pool.breaker import BreakerState
 from llava_engine.pool.life import Life
 from llava_engine.pool.metrics import Metrics
 from llava_engine.pool.model import ModelSpec
-from llava_engine.pool.request import Request, in_short
+from llava_engine.pool.request import Request
 from llava_engine.pool.sizing import MemoryProbe, Need, SystemProbe
 from llava_engine.pool.spawn import Spawn
 from llava_engine.pool.state import PoolState, shutting_down
@@ -46,6 +44,9 @@ _EXIT_DRAIN_S = 1.0
 class WorkerPool:
     """Workers of any number of models, and the memory they share. All methods are thread-safe.
 
+    A context manager: leaving it is `shutdown`. A pool that was used and is dropped without that
+    keeps its threads and its models' memory until the interpreter exits.
+
     probe: where memory figures come from. clock: monotonic seconds, for timeouts of workers and
     breakers (requests' deadlines are in `time.monotonic()` always).
     """
@@ -57,8 +58,7 @@ class WorkerPool:
         probe: MemoryProbe | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if config is None:
-            config = PoolConfig.from_env()
+        config = PoolConfig.from_env() if config is None else _checked(config)
         self._state = PoolState(config, probe if probe is not None else SystemProbe(), clock)
         self._life = Life(self._state)
         self._maintenance: threading.Thread | None = None
@@ -187,7 +187,8 @@ class WorkerPool:
     def attach_metrics(self, registry: Any = None) -> None:
         """Publish counters, histograms and gauges through prometheus_client (the `metrics` extra).
 
-        registry: a CollectorRegistry; the process's default one if None. Raises PoolError where
+        registry: a CollectorRegistry; the process's default one if None. A registry takes one pool,
+        once: further pools need their own. Raises PoolError where it has one already, and where
         prometheus_client is not installed.
         """
         self._check_process()
@@ -201,6 +202,8 @@ class WorkerPool:
 
         drain_s: PoolConfig.drain if None. A thread that hangs in foreign code is not waited for.
         """
+        if drain_s is not None and not _check_number("drain_s", drain_s) >= 0:
+            raise ValueError(f"drain_s must be 0 or more, not {drain_s}")
         state = self._state
         if os.getpid() != state.pid:
             return
@@ -255,9 +258,14 @@ class WorkerPool:
         image: ImageInput | None = None,
         url: str | None = None,
     ) -> ChunkStream:
+        if not isinstance(registry_key, str):
+            raise TypeError(f"registry_key must be a str, not {type(registry_key).__name__}")
         check_query(query)
         _check_options(timeout, priority, cache_salt)
-        sampling = sampling if sampling is not None else SamplingParams()
+        if sampling is None:
+            sampling = SamplingParams()
+        elif not isinstance(sampling, SamplingParams):
+            raise TypeError(f"sampling must be a SamplingParams, not {type(sampling).__name__}")
         if timeout is None:
             timeout = self.config.default_timeout
         deadline = None
@@ -295,7 +303,7 @@ class WorkerPool:
                 trials = len(model.live) - model.paused
                 wait = 1.0 if trials >= self.config.breaker_successes else 0.0
             if wait:
-                return _circuit_open(key, model.breaker.cause, wait)
+                return model.circuit_open(wait)
             paused = model.paused
             if model.queue_depth + paused >= self.config.max_queue:
                 readers = f", {paused} of them for their readers" if paused else ""
@@ -323,23 +331,21 @@ class WorkerPool:
             raise other_process("pool")
 
 
-def _circuit_open(key: str, cause: LlavaError | None, wait: float) -> CircuitOpen:
-    """Says what the model failed with, and is as little retryable; but what failed one request
-    alone need not fail this one."""
-    said = f" ({in_short(cause)})" if cause is not None else ""
-    error = CircuitOpen(f"{key} failed too often{said}; it is tried again in {wait:.0f} s.", wait)
-    error.__cause__ = cause
-    if cause is not None and not isinstance(cause, RequestError):
-        error.retryable = cause.retryable
-    return error
+def _checked(config: object) -> PoolConfig:
+    if not isinstance(config, PoolConfig):
+        raise TypeError(f"config must be a PoolConfig, not {type(config).__name__}")
+    return config
+
+
+def _check_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+    return value
 
 
 def _check_options(timeout: object, priority: object, cache_salt: object) -> None:
-    if timeout is not None:
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float):
-            raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be above 0, not {timeout}")
+    if timeout is not None and not _check_number("timeout", timeout) > 0:
+        raise ValueError(f"timeout must be above 0, not {timeout}")
     if isinstance(priority, bool) or not isinstance(priority, int):
         raise TypeError(f"priority must be an int, not {type(priority).__name__}")
     if not isinstance(cache_salt, str):
@@ -364,7 +370,7 @@ def vision_pool(config: PoolConfig | None = None) -> WorkerPool:
         if _own is None:
             _own = WorkerPool(config)
         pool = _own
-    if config is not None and config != pool.config:
+    if config is not None and _checked(config) != pool.config:
         raise ValueError("the process's pool is there already, with another configuration")
     return pool
 

@@ -25,6 +25,7 @@ from support.pool_fakes import (
 from llava_engine import WorkerPool
 from llava_engine.errors import (
     ImageDecodeError,
+    PoolError,
     ShuttingDown,
 )
 
@@ -151,6 +152,47 @@ def test_arguments_are_judged_at_the_call() -> None:
             pool.describe_image("fake", PICTURE, None)
         with pytest.raises(TypeError):
             pool.describe_url("fake", b"http://x.example", "What?")
+
+
+def test_type_errors_name_the_argument() -> None:
+    with make_pool() as pool:
+        for name, call in {
+            "drain_s": lambda: pool.shutdown("x"),
+            "sampling": lambda: ask(pool, sampling={"a": 1}),
+            "registry_key": lambda: ask(pool, ["llava-tiny"]),
+            "registry": lambda: pool.attach_metrics(3),
+            "config": lambda: WorkerPool({}),
+        }.items():
+            with pytest.raises(TypeError, match=f"^{name} must be"):
+                call()
+        for drain_s in (-1, float("nan")):
+            with pytest.raises(ValueError, match="drain_s"):
+                pool.shutdown(drain_s)
+        assert pool.health()["status"] == "ok"
+
+
+def test_a_registry_takes_the_metrics_of_one_pool_once() -> None:
+    registry = prometheus_client.CollectorRegistry()
+    with make_pool() as other, make_pool() as pool:
+        pool.attach_metrics(registry)
+        for again in (pool, other):
+            with pytest.raises(PoolError, match="CollectorRegistry of its own") as raised:
+                again.attach_metrics(registry)
+            assert not raised.value.retryable
+        other.attach_metrics(prometheus_client.CollectorRegistry())
+        pool.shutdown()
+        other.attach_metrics(registry)  # the first pool's went with it
+
+
+def test_a_registry_that_has_one_of_the_names_gets_none_of_the_others() -> None:
+    registry = prometheus_client.CollectorRegistry()
+    taken = prometheus_client.Counter("llava_engine_tokens", "Not ours.", registry=registry)
+    with make_pool() as pool:
+        with pytest.raises(PoolError):
+            pool.attach_metrics(registry)
+        registry.unregister(taken)
+        assert prometheus_client.generate_latest(registry) == b""
+        pool.attach_metrics(registry)
 
 
 def test_health_is_json_and_metrics_count_what_happened() -> None:
