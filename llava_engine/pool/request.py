@@ -96,7 +96,10 @@ def as_llava_error(error: BaseException) -> LlavaError:
 def in_short(error: BaseException) -> str:
     """What an error says, for the text of another: one line of a bounded length, and no path that
     the operating system put there."""
-    said = str(error)
+    try:
+        said = str(error)
+    except Exception:  # a loader's own may have any bug
+        said = ""
     if isinstance(error, OSError) and error.strerror:
         said = error.strerror
     line = next(iter(said.strip().splitlines()), "")
@@ -110,7 +113,7 @@ def in_short(error: BaseException) -> str:
 
 def copy_of(error: LlavaError, cause: BaseException | None = None) -> LlavaError:
     """An error of the same content and another cause, with no traceback."""
-    copy = type(error)(str(error))
+    copy = type(error).__new__(type(error), *error.args)  # a loader's own may take other arguments
+    copy.__dict__.update(error.__dict__)
     copy.__cause__ = cause
-    copy.retryable = error.retryable
     return copy

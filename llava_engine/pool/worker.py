@@ -197,12 +197,12 @@ class Worker:
             backend = self._loader(self.device, self._check_abandoned)
         try:
             backend.add_worker(self.name)
+            if owner.worker_loaded(self, backend):
+                return True
         except BaseException:
             if not shared:
                 backend.close()
             raise
-        if owner.worker_loaded(self, backend):
-            return True
         if not shared:
             backend.close()
         return False

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 from support.pool_fakes import (
     GB,
+    FakeBackend,
     FakeModel,
     FakeProbe,
     ask,
@@ -24,7 +25,9 @@ from support.pool_fakes import (
 
 from llava_engine import WorkerPool
 from llava_engine.errors import (
+    CircuitOpen,
     MemoryExhausted,
+    ModelError,
     NoWorkers,
     PoolError,
     RequestTimeout,
@@ -285,6 +288,47 @@ def test_what_fails_before_the_load_gives_the_reservation_back() -> None:
         assert pool.total_memory_mb() == 0 and not model_of(pool).workers
         pool._state.start_thread = start
         assert ask(pool).text() == "7"
+
+
+def test_a_model_that_cannot_be_measured_is_closed() -> None:
+    class Unmeasured(FakeBackend):
+        def memory_mb(self) -> int:
+            raise RuntimeError("planted")
+
+    backend = Unmeasured()
+    with make_pool() as pool:
+        done = pool.spawn_vision_worker("fake", lambda device, check: backend, 10)
+        assert isinstance(done.exception(20), SpawnFailed)
+        wait_for(pool, lambda: not model_of(pool).workers)
+        assert backend.closed and pool.total_memory_mb() == 0
+
+
+class OddError(ModelError):
+    """Of a loader that somebody else wrote."""
+
+    def __init__(self, path: str, line: int) -> None:
+        super().__init__(path, line)
+        self.line = line
+
+
+class MuteError(Exception):
+    """So is this."""
+
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("fault", "seen"), [(OddError("x", 7), OddError), (MuteError(), SpawnFailed)]
+)
+def test_whatever_a_loader_raises_reaches_all_who_wait(fault: Exception, seen: type) -> None:
+    with make_pool() as pool:
+        pool.add_model(FakeModel(*[fault] * 5).spec())
+        for _ in range(5):
+            assert type(error_of(ask(pool, timeout=20))) is seen
+        refused = error_of(ask(pool, timeout=20))
+        assert isinstance(refused, CircuitOpen) and type(refused.__cause__) is seen
+        assert getattr(refused.__cause__, "line", 7) == 7
 
 
 @pytest.mark.parametrize(
