@@ -129,7 +129,10 @@ class MemoryExhausted(PoolError):
 
 
 class SpawnFailed(PoolError):
-    """A worker could not load its model; the cause is attached."""
+    """A worker could not load its model; the cause is attached.
+
+    `retryable` unless the cause is known to stay, such as a progress callback that raises.
+    """
 
 
 class NoWorkers(PoolError):

@@ -125,5 +125,6 @@ class Crew:
                     self._running.add(job)
                     return job
                 self._changed.wait()
-            self._threads.discard(threading.current_thread())
+            if not self._stopped:  # or `join` would not wait for it
+                self._threads.discard(threading.current_thread())
             return None

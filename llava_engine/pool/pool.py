@@ -158,7 +158,8 @@ class WorkerPool:
     def health(self) -> dict[str, Any]:
         """A JSON-able record: per model its state, workers, queue depth, latencies and what the
         stages of its last cold start took, in seconds; per device the memory in MiB. Devices appear
-        once a worker was spawned."""
+        once a worker was spawned. A worker's "blocked" counts threads that requests which have
+        ended still hold, by file objects whose read() does not return."""
         self._check_process()
         state = self._state
         memory = [*state.probe.gpus(), state.probe.host()] if state.probed else []
