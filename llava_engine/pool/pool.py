@@ -34,7 +34,7 @@ from llava_engine.pool.state import PoolState, shutting_down
 from llava_engine.pool.worker import Loader
 from llava_engine.stream import Channel, ChunkStream, other_process
 from llava_engine.text.prompt import check_query
-from llava_engine.types import ImageInput, SamplingParams
+from llava_engine.types import ImageInput, SamplingParams, plain_float
 
 _COLD_START = 2  # workers
 _JOIN_S = 3.0  # for threads to end after the last request has
@@ -203,7 +203,7 @@ class WorkerPool:
 
         drain_s: PoolConfig.drain if None. A thread that hangs in foreign code is not waited for.
         """
-        if drain_s is not None and not _check_number("drain_s", drain_s) >= 0:
+        if drain_s is not None and not plain_float("drain_s", drain_s) >= 0:
             raise ValueError(f"drain_s must be 0 or more, not {drain_s}")
         state = self._state
         if os.getpid() != state.pid:
@@ -271,7 +271,7 @@ class WorkerPool:
             timeout = self.config.default_timeout
         deadline = None
         if timeout is not None and timeout <= threading.TIMEOUT_MAX:  # no lock waits for longer
-            deadline = time.monotonic() + timeout
+            deadline = time.monotonic() + float(timeout)
         request: Request
         ended, fetches = self._state.ended, self._state.fetches
         channel = Channel(sampling.stop, deadline, on_end=lambda _: ended.put(request))
@@ -338,14 +338,8 @@ def _checked(config: object) -> PoolConfig:
     return config
 
 
-def _check_number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
-    return value
-
-
 def _check_options(timeout: object, priority: object, cache_salt: object) -> None:
-    if timeout is not None and not _check_number("timeout", timeout) > 0:
+    if timeout is not None and not plain_float("timeout", timeout) > 0:
         raise ValueError(f"timeout must be above 0, not {timeout}")
     if isinstance(priority, bool) or not isinstance(priority, int):
         raise TypeError(f"priority must be an int, not {type(priority).__name__}")

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 
+import numpy as np
 import prometheus_client
 import pytest
 from support.pool_fakes import (
@@ -207,8 +208,12 @@ def test_a_stream_that_nobody_reads_still_ends_at_its_deadline() -> None:
         assert isinstance(error_of(stream), RequestTimeout)
 
 
-@pytest.mark.parametrize("timeout", [math.inf, 1e300, 10**400], ids=["inf", "1e300", "10**400"])
-def test_a_timeout_beyond_what_can_be_waited_for_is_none(timeout: float) -> None:
+@pytest.mark.parametrize(
+    "timeout",
+    [math.inf, 1e300, 10**400, np.int64(60), np.float32(60)],
+    ids=["inf", "1e300", "10**400", "int64", "float32"],
+)
+def test_a_timeout_is_any_number_and_beyond_what_can_be_waited_for_none(timeout: float) -> None:
     model = FakeModel(hold=True)
     with warm(model, drain=math.inf) as pool:
         stream = ask(pool, timeout=timeout)

@@ -30,7 +30,13 @@ from llava_engine.errors import (
 )
 
 
+def threads() -> set[threading.Thread]:
+    """The engine's, of the process's own pool, too, which other tests use."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("llava-")}
+
+
 def test_shutdown_lets_requests_end_and_refuses_new_ones() -> None:
+    others = threads()
     model = FakeModel(hold=True)
     pool = warm(model)
     stream = ask(pool)
@@ -42,13 +48,14 @@ def test_shutdown_lets_requests_end_and_refuses_new_ones() -> None:
     model.backend.release()
     assert stream.text() == "7"
     done.join(20)
-    assert not [t for t in threading.enumerate() if t.name.startswith("llava-")]
+    assert threads() <= others
     assert model.backend.closed and pool.total_memory_mb() == 0
     pool.shutdown()
     assert pool.health()["status"] == "closing"
 
 
 def test_shutdown_ends_what_does_not_end_by_itself() -> None:
+    others = threads()
     gate = threading.Event()
     model = FakeModel(hold=True)
     pool = warm(model)
@@ -64,7 +71,7 @@ def test_shutdown_ends_what_does_not_end_by_itself() -> None:
     errors = [error_of(stream) for stream in streams]
     assert [type(error) for error in errors] == [ShuttingDown] * 6
     assert len({id(error) for error in errors}) == 6
-    assert not [t for t in threading.enumerate() if t.name.startswith("llava-")]
+    assert threads() <= others
     assert pool.total_memory_mb() == 0
 
 
