@@ -79,7 +79,8 @@ class VisionModel:
         """Ask about a picture; returns at once with the stream of the answer.
 
         image: a path, encoded bytes, a binary file, a PIL image, or a uint8 height x width x 3
-            array. It is read later, on another thread, and must not change until then.
+            array. It is read later, on another thread, and must not change until then. Give a
+            file whose read() may block a timeout: without one it holds that thread for good.
         max_new_tokens, temperature: None takes the model's default.
         top_p, top_k, repetition_penalty, stop, seed, ignore_eos: see SamplingParams.
         timeout: seconds for all of it, the wait in the queue included; None takes the pool's.
