@@ -34,6 +34,7 @@ from PIL import Image
 from bench.about import about
 from bench.decode_step import DEVICE, ON_GPU, READ_BYTES_PER_S, floor_ms, make_model
 from llava_engine import EngineConfig, SamplingParams
+from llava_engine.channel import Channel
 from llava_engine.image.load import LoadedImage
 from llava_engine.image.picture_cache import PictureCache, PreparedPicture
 from llava_engine.image.preprocess import ImageProcessorConfig, decoded_picture
@@ -41,7 +42,7 @@ from llava_engine.kernels.library import require_kernels
 from llava_engine.runtime.decode_loop import TokenEvent
 from llava_engine.runtime.runtime import DeviceRuntime
 from llava_engine.runtime.sequence import Picture, Sequence
-from llava_engine.stream import Channel, ChunkStream
+from llava_engine.stream import ChunkStream
 from llava_engine.text.prompt import placeholder_ids
 
 NEW_TOKENS = 128 if ON_GPU else 16

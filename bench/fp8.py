@@ -27,11 +27,12 @@ from bench.decode import Words
 from bench.decode_step import DEVICE, make_model
 from bench.demo_model.evaluate import MAX_NEW, Case, Table, make_cases
 from llava_engine import EngineConfig, PoolConfig, SamplingParams, WorkerPool
+from llava_engine.channel import Channel
 from llava_engine.kernels.library import require_kernels
 from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime.runtime import DeviceRuntime
 from llava_engine.runtime.sequence import Sequence
-from llava_engine.stream import Channel, ChunkStream
+from llava_engine.stream import ChunkStream
 
 SHORTEST, LONGEST = 500, 750  # tokens, around those of a picture and a question
 OPEN = 32  # requests of llava-tiny at once

@@ -42,6 +42,7 @@ from bench.about import about
 from bench.decode_step import DEVICE, ON_GPU, make_model
 from bench.timing import start_on_cpu
 from llava_engine import EngineConfig, SamplingParams
+from llava_engine.channel import Channel
 from llava_engine.kernels.library import programmatic_launch, require_kernels
 from llava_engine.kernels.prefill import pack, unpack
 from llava_engine.network.llama import Batch
@@ -53,7 +54,6 @@ from llava_engine.runtime.model_runner import ModelRunner
 from llava_engine.runtime.scheduler import Scheduled
 from llava_engine.runtime.sequence import Sequence
 from llava_engine.runtime.streams import DeviceStreams
-from llava_engine.stream import Channel
 
 TOKENS = [32, 128, 602, 1024, 2048] if ON_GPU else [32, 128, 602]
 REPEATS = 30 if ON_GPU else 5

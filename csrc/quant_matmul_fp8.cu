@@ -1,4 +1,4 @@
-#include "quant_matmul.cuh"
+#include "quant_matmul_launch.cuh"
 
 namespace llava_engine {
 

@@ -23,6 +23,7 @@ LAYER = {
     "vision_model": 5,
     "pool": 4,
     "stream": 4,
+    "channel": 4,
     "runtime": 3,
     "network": 2.2,
     "quant": 2.1,

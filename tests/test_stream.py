@@ -24,7 +24,7 @@ from llava_engine import (
     RequestTimeout,
     Usage,
 )
-from llava_engine.stream import Channel
+from llava_engine.channel import Channel
 
 
 class Letters:
@@ -189,7 +189,8 @@ def test_a_forked_child_is_told_and_neither_hangs_nor_ends_its_parents_stream() 
     code = """
         import asyncio, os, signal, threading
         from llava_engine.errors import PoolError
-        from llava_engine.stream import Channel, ChunkStream
+        from llava_engine.channel import Channel
+        from llava_engine.stream import ChunkStream
         end = Channel(on_end=lambda _: print("ended"))
         stream = ChunkStream(end)
         held, forked = threading.Event(), threading.Event()

@@ -177,18 +177,14 @@ def _require(config: llava_engine.EngineConfig, device: str) -> None:
 
     from llava_engine.image.gpu_decode import jpeg_decoder
     from llava_engine.kernels.library import require_kernels
-    from llava_engine.network.attention import require_attention
+    from llava_engine.pool.backend import require_settings
     from llava_engine.quant import bnb
-    from llava_engine.quant.fp8 import require_fp8
 
     there = torch.device(device)
     if config.kernels == "auto":
         require_kernels(there)
-    require_attention(config.attention, there)
+    require_settings(config, device)
     jpeg_decoder(config.image_decode, there)
-    if config.prefill == "fp8":
-        dtype = torch.float16 if config.dtype == "auto" else getattr(torch, config.dtype)
-        require_fp8(there, dtype, references=config.kernels == "reference")
     if config.quantization in ("int8", "nf4"):
         bnb.functional(config.quantization)
 

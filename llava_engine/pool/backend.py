@@ -78,11 +78,9 @@ class ModelBackend:
         if self._device.type == "cuda":
             with stages("context"):
                 torch.cuda.synchronize(self._device)
-        require_attention(config.attention, self._device)
+        require_settings(config, device)
         self._decode_jpeg = jpeg_decoder(config.image_decode, self._device)
         dtype = _dtype(config, device)
-        if config.prefill == "fp8":
-            require_fp8(self._device, dtype, references=config.kernels == "reference")
         self._baseline = self._reserved()
         with stages("tokenizer"):
             self._tokenizer = Tokenizer.from_directory(directory)
@@ -313,6 +311,16 @@ def load_worker_model(
         directory = resolve(info)
     with _telling_loss(torch.device(device)):
         return ModelBackend(directory, info, config, device, kv_mb, told, stages)
+
+
+def require_settings(config: EngineConfig, device: str) -> None:
+    """Raise the ModelError of settings under which no model runs on `device`; the kernels are asked
+    for apart, with require_kernels."""
+    there = torch.device(device)
+    require_attention(config.attention, there)
+    if config.prefill == "fp8":
+        dtype = _dtype(config, device)
+        require_fp8(there, dtype, references=config.kernels == "reference")
 
 
 def _dtype(config: EngineConfig, device: str) -> torch.dtype:

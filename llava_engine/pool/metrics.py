@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from llava_engine.errors import PoolError
 
 if TYPE_CHECKING:
+    from llava_engine.channel import Channel
     from llava_engine.pool.request import Request
-    from llava_engine.stream import Channel
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _STATES = ("spawning", "loading", "ready", "processing", "idle", "evicting", "dead", "failed")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from llava_engine.channel import Channel, other_process
 from llava_engine.config import PoolConfig
 from llava_engine.errors import (
     LlavaError,
@@ -32,7 +33,7 @@ from llava_engine.pool.sizing import MemoryProbe, Need, SystemProbe
 from llava_engine.pool.spawn import Spawn
 from llava_engine.pool.state import PoolState, shutting_down
 from llava_engine.pool.worker import Loader
-from llava_engine.stream import Channel, ChunkStream, other_process
+from llava_engine.stream import ChunkStream
 from llava_engine.text.prompt import check_query
 from llava_engine.types import ImageInput, SamplingParams, plain_float
 

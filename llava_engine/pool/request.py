@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llava_engine.channel import Channel
 from llava_engine.errors import (
     ImageDecodeError,
     LlavaError,
@@ -16,7 +17,6 @@ from llava_engine.errors import (
     RequestFailed,
 )
 from llava_engine.image.budget import ByteBudget
-from llava_engine.stream import Channel
 from llava_engine.types import FinishReason, SamplingParams
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import pytest
 
 import llava_engine
 from llava_engine import errors
-from llava_engine.stream import Channel, ChunkStream
+from llava_engine.channel import Channel
+from llava_engine.stream import ChunkStream
 from llava_engine.types import FinishReason, SamplingParams
 
 

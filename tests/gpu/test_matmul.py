@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.gpu import NEEDS_GPU
+from support.gpu import NEEDS_HOPPER
 from support.kernels import blank, normal, within_twice
 from support.linear import angles
 
@@ -18,13 +18,7 @@ from llava_engine.kernels.matmul import (
     matmul_store,
 )
 
-pytestmark = [
-    *NEEDS_GPU,
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,
-        reason="the kernels are Hopper's",
-    ),
-]
+pytestmark = NEEDS_HOPPER
 
 DTYPES = [torch.float16, torch.bfloat16]
 ROWS = [1, 127, 128, 300, 577, 602, 1031]

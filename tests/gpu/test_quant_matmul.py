@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.gpu import NEEDS_GPU
+from support.gpu import NEEDS_HOPPER
 from support.kernels import blank, normal
 from support.linear import angles
 from support.quant_products import FORMATS, Errors, random_weight
@@ -20,13 +20,7 @@ from llava_engine.kernels.matmul import (
 )
 from llava_engine.quant import Format
 
-pytestmark = [
-    *NEEDS_GPU,
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,
-        reason="the kernels are Hopper's",
-    ),
-]
+pytestmark = NEEDS_HOPPER
 
 DTYPES = [torch.float16, torch.bfloat16]
 ROWS = [1, 17, 32, 33, 64, 100, 130, 602, 1031]  # every width of a tile, and several tiles

@@ -13,8 +13,8 @@ from support.runtime import until
 
 import llava_engine
 from llava_engine import EngineConfig, PoolConfig, RequestTimeout, VisionModel, WorkerPool
+from llava_engine.channel import Channel
 from llava_engine.runtime.runtime import DeviceRuntime
-from llava_engine.stream import Channel
 
 QUERY = "Describe the picture."
 LIMIT = 6

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.runtime import Sink, World, make_world, running, settled
+from support.runtime import Sink, World, running, settled
 
 from llava_engine import FinishReason, SamplingParams
+from llava_engine.channel import Channel
 from llava_engine.errors import RequestTimeout, WorkerDied
 from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime import decoder
@@ -25,12 +26,6 @@ from llava_engine.runtime.decoder import Decoder
 from llava_engine.runtime.model_runner import ModelRunner
 from llava_engine.runtime.scheduler import Scheduled
 from llava_engine.runtime.sequence import Sequence
-from llava_engine.stream import Channel
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("model"))
 
 
 @dataclass

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from support.pictures import picture as decoded
 from support.pictures import values
-from support.runtime import Sink, World, make_world, running, settled
+from support.runtime import Sink, World, running, settled
 
 from llava_engine.errors import MemoryExhausted, RequestFailed, WorkerDied
 from llava_engine.network.llava import LlavaModel
 from llava_engine.runtime.failures import MemoryErrors
 from llava_engine.runtime.runtime import DeviceRuntime
 from llava_engine.runtime.sequence import Picture
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def runtime(world: World) -> Iterator[DeviceRuntime]:
-    yield from running(world, blocks=400)
 
 
 def test_one_broken_picture_fails_one_stream(world: World, runtime: DeviceRuntime) -> None:

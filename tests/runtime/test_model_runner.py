@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.runtime import CPU, Sink, World, make_world
+from support.runtime import CPU, Sink, World
 from torch.overrides import TorchFunctionMode
 
 from llava_engine import EngineConfig, SamplingParams
@@ -43,11 +43,6 @@ class Calls(TorchFunctionMode):
                 return call(*args, **kwargs)
 
         return counted
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("model"))
 
 
 def make_runner(world: World, *, penalty: float = 1.0) -> tuple[ModelRunner, list[Scheduled]]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from support.runtime import Sink, World, make_world, running, settled, until
+from support.runtime import Sink, World, running, settled, until
 
 from llava_engine import FinishReason, SamplingParams
 from llava_engine.errors import MemoryExhausted
@@ -25,16 +25,6 @@ from llava_engine.runtime.model_runner import ModelRunner
 from llava_engine.runtime.picture_encoder import PictureEncoder
 from llava_engine.runtime.runtime import DeviceRuntime
 from llava_engine.runtime.scheduler import Scheduled
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def runtime(world: World) -> Iterator[DeviceRuntime]:
-    yield from running(world, blocks=400)
 
 
 @dataclass

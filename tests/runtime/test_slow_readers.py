@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 
 import pytest
-from support.runtime import Sink, World, make_world, running, settled, until
+from support.runtime import Sink, World, running, settled, until
 from support.scheduling import advance, expected, next_token, scheduler, sequence, sink
 
 from llava_engine import FinishReason
@@ -105,16 +104,6 @@ def test_readers_of_any_pace_change_no_token_and_lose_no_block(seed: int) -> Non
     for each in every:
         count = min(12, 24 - each.prompt_len)
         assert sink(each).tokens == expected(each.token_ids[: each.prompt_len], count)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def runtime(world: World) -> Iterator[DeviceRuntime]:
-    yield from running(world, blocks=400)
 
 
 def paused(runtime: DeviceRuntime, count: int = 1) -> None:

@@ -26,6 +26,13 @@ NEEDS_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+NEEDS_HOPPER = [
+    *NEEDS_GPU,
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,
+        reason="the kernels are Hopper's",
+    ),
+]
 GPU = torch.device("cuda")
 NEW_TOKENS = 24
 

@@ -9,10 +9,11 @@ import time
 import pytest
 
 from llava_engine import FinishReason
+from llava_engine.channel import Channel
 from llava_engine.cli.bench.loops import closed_loop, open_loop
 from llava_engine.cli.describe import BadInput
 from llava_engine.errors import WorkerDied
-from llava_engine.stream import Channel, ChunkStream
+from llava_engine.stream import ChunkStream
 
 
 class Letters:
